@@ -1,0 +1,1 @@
+"""Generated gRPC code of the FastServe contracts (see `proto/fastserve/v1`)."""

@@ -1,0 +1,1 @@
+"""What every FastServe service shares: settings, logging, metrics, tracing, gRPC and lifecycle."""

@@ -1,0 +1,95 @@
+"""gRPC plumbing: channels and servers with the same limits and keepalive everywhere.
+
+Addresses are `host:port` or `unix:/path/to/socket`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fastserve.common.errors import StartupError
+
+_MAX_MESSAGE = 64 * 1024 * 1024  # a prompt of a million tokens fits
+
+_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    # A peer whose machine is gone sends no FIN: find out within seconds.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+]
+_CHANNEL_OPTIONS = [
+    *_OPTIONS,
+    # Reconnect quickly: peers restart in seconds, and nobody waits for them but us.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Channels to the same address share a subchannel otherwise, and with it its back-off.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_SERVER_OPTIONS = [*_OPTIONS, ("grpc.so_reuseport", 0)]
+
+
+def channel(address: str) -> aio.Channel:
+    """A plain-text channel to `address`."""
+    return aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+class GrpcServer:
+    """An aio server with the standard health service.
+
+    Add servicers to `.server`, then `start()`. The overall status ("") follows `set_serving`.
+    """
+
+    def __init__(self) -> None:
+        self.server = aio.server(options=_SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+
+    async def start(self, address: str) -> str:
+        """Bind and start; returns the address with the port filled in.
+
+        Raises `StartupError` if the address cannot be bound.
+        """
+        if address.startswith("unix:"):
+            # A socket file left by a killed process would make the bind fail.
+            Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+        try:
+            port = self.server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartupError(f"cannot listen on {address}: {error}") from error
+        await self.server.start()
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+    async def set_serving(self, serving: bool, services: Iterable[str] = ("",)) -> None:
+        """Publish readiness through the gRPC health protocol."""
+        status = (
+            health_pb2.HealthCheckResponse.SERVING
+            if serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        for service in services:
+            await self._health.set(service, status)
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, let running ones end for `grace` seconds, then cut them."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace)
+
+
+def is_connection_loss(error: grpc.RpcError) -> bool:
+    """Whether a call ended because the peer went away, rather than because it refused."""
+    return isinstance(error, aio.AioRpcError) and error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+    )
