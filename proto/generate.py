@@ -25,21 +25,27 @@ def generate(target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         sources = sorted(str(path) for path in (HERE / "fastserve" / "v1").glob("*.proto"))
         well_known = Path(protoc.__file__).parent / "_proto"
-        arguments = [f"-I{HERE}", f"-I{well_known}"]
-        for plugin in ("python", "pyi", "grpc_python", "mypy_grpc"):
-            arguments.append(f"--{plugin}_out={scratch}")
+        plugins = ("python", "pyi", "grpc_python", "mypy_grpc")
+        outputs = [f"--{plugin}_out={scratch}" for plugin in plugins]
+        arguments = [f"-I{HERE}", f"-I{well_known}", *outputs]
         if protoc.main(["protoc", *arguments, *sources]) != 0:
             raise SystemExit("protoc failed")
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted((Path(scratch) / "fastserve" / "v1").iterdir()):
-            text = re.sub(r"\bfastserve\.v1 import\b", "fastserve.proto.v1 import", path.read_text())
-            text = re.sub(r"^import fastserve\.v1\.", "import fastserve.proto.v1.", text, flags=re.M)
+            text = re.sub(
+                r"\bfastserve\.v1 import\b", "fastserve.proto.v1 import", path.read_text()
+            )
+            text = re.sub(
+                r"^import fastserve\.v1\.", "import fastserve.proto.v1.", text, flags=re.M
+            )
             text = re.sub(r"(?<![\w/.\"'])fastserve\.v1\.(\w+_pb2)", r"fastserve.proto.v1.\1", text)
             (target / path.name).write_text(text)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="fail if the committed code is stale")
     if not parser.parse_args().check:
         generate(PACKAGE)
@@ -48,8 +54,12 @@ def main() -> int:
         fresh = Path(scratch)
         generate(fresh)
         names = sorted(path.name for path in fresh.iterdir())
-        kept = sorted(p.name for p in PACKAGE.iterdir() if p.name not in ("__init__.py", "__pycache__"))
-        stale = [n for n in names if n not in kept or not filecmp.cmp(fresh / n, PACKAGE / n, False)]
+        kept = sorted(
+            p.name for p in PACKAGE.iterdir() if p.name not in ("__init__.py", "__pycache__")
+        )
+        stale = [
+            n for n in names if n not in kept or not filecmp.cmp(fresh / n, PACKAGE / n, False)
+        ]
         stale += [name for name in kept if name not in names]
     if stale:
         print(f"generated code is stale ({', '.join(stale)}): run `make proto`", file=sys.stderr)

@@ -59,9 +59,7 @@ class GrpcServer:
 
         Raises `StartupError` if the address cannot be bound.
         """
-        if address.startswith("unix:"):
-            # A socket file left by a killed process would make the bind fail.
-            Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+        _remove_stale_socket(address)
         try:
             port = self.server.add_insecure_port(address)
         except RuntimeError as error:
@@ -83,6 +81,12 @@ class GrpcServer:
         """Refuse new calls, let running ones end for `grace` seconds, then cut them."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace)
+
+
+def _remove_stale_socket(address: str) -> None:
+    """A socket file left by a killed process would make the bind fail."""
+    if address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
 def is_connection_loss(error: grpc.RpcError) -> bool:

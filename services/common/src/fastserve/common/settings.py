@@ -118,7 +118,9 @@ def load_settings(
     except (SettingsError, yaml.YAMLError, OSError) as error:
         raise StartupError(str(error)) from error
     # Hand back the plain class: the subclass above exists only to carry the sources.
-    return settings_cls.model_construct(**{name: getattr(loaded, name) for name in loaded.__class__.model_fields})
+    return settings_cls.model_construct(
+        **{name: getattr(loaded, name) for name in loaded.__class__.model_fields}
+    )
 
 
 def _config_file(arguments: list[str]) -> Path | None:

@@ -27,7 +27,9 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
-def _add_trace_ids(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _add_trace_ids(
+    _: Any, __: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         event["trace_id"] = trace.format_trace_id(context.trace_id)
