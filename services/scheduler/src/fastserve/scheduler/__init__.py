@@ -1,0 +1,1 @@
+"""The scheduler: which job runs in the next iteration, made durable in Redis."""

@@ -1,0 +1,76 @@
+"""The scheduler's core: pure, deterministic, standard library only.
+
+`Scheduler` is the way in. Time is an argument, in seconds; nothing here does I/O.
+"""
+
+from fastserve.scheduler.core.errors import (
+    CoreError,
+    IntegrityError,
+    ProtocolError,
+    UnknownPolicyError,
+)
+from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.scheduler import Scheduler
+from fastserve.scheduler.core.types import (
+    AcceptedToken,
+    CostSample,
+    Event,
+    EventKind,
+    Finished,
+    FinishReason,
+    Inventory,
+    JobSpec,
+    JobState,
+    KvOperation,
+    KvOpKind,
+    KvState,
+    KvStatus,
+    OpDone,
+    Plan,
+    PlanRow,
+    PreemptMode,
+    PreemptReason,
+    Progress,
+    Rejection,
+    RejectReason,
+    Report,
+    RowResult,
+    SampledToken,
+    SchedulerConfig,
+    WorkerInfo,
+)
+
+__all__ = [
+    "AcceptedToken",
+    "CoreError",
+    "CostSample",
+    "Event",
+    "EventKind",
+    "FinishReason",
+    "Finished",
+    "IntegrityError",
+    "Inventory",
+    "Job",
+    "JobSpec",
+    "JobState",
+    "KvOpKind",
+    "KvOperation",
+    "KvState",
+    "KvStatus",
+    "OpDone",
+    "Plan",
+    "PlanRow",
+    "PreemptMode",
+    "PreemptReason",
+    "Progress",
+    "ProtocolError",
+    "RejectReason",
+    "Rejection",
+    "Report",
+    "RowResult",
+    "SampledToken",
+    "Scheduler",
+    "SchedulerConfig",
+    "UnknownPolicyError",
+    "WorkerInfo",
+]

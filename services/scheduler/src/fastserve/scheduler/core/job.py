@@ -1,0 +1,82 @@
+"""A job as the scheduler sees it."""
+
+from __future__ import annotations
+
+from fastserve.scheduler.core.types import JobSpec, JobState, KvOpKind, KvState
+
+
+class Job:
+    """One job, live or just ended. Others read it; only the core writes.
+
+    Invariant: `computed` <= `known_len` - 1 as far as reports tell, since the last known token is
+    always processed to sample the next one.
+    """
+
+    __slots__ = (
+        "attained", "boosted", "computed", "host_tokens", "incumbent", "kv", "level", "max_len",
+        "named", "op", "output", "peak", "pending", "place", "preemptions", "prompt_len", "seq",
+        "spec", "started", "state", "used", "wait_since", "waited", "worker_id",
+    )  # fmt: skip
+
+    def __init__(self, spec: JobSpec, seq: int, now: float) -> None:
+        self.spec = spec
+        self.seq = seq  # order of submission
+        self.prompt_len = len(spec.prompt)
+        self.max_len = self.prompt_len + spec.max_tokens  # known_len never exceeds it
+        self.output: list[int] = []
+        self.state = JobState.QUEUED
+        self.worker_id: str | None = None  # the worker group it belongs to
+
+        # Policy.
+        self.level = 0
+        self.attained = 0.0  # seconds of service it was charged for
+        self.used = 0.0  # seconds of the quantum of its level
+        self.place = seq  # order within its level
+        self.boosted = False  # promoted out of starvation, before level 0
+        self.incumbent = False  # keeps its row against its equals
+        self.preemptions = 0
+        self.wait_since = now  # when it last stopped running, or was submitted
+        self.waited = 0.0  # seconds without a row, up to when it last started
+        self.started = False  # has had a row
+
+        # KV cache.
+        self.kv = KvState.NONE
+        self.computed = 0  # tokens in device KV, as last reported
+        self.host_tokens = 0  # committed tokens on the host
+        self.peak = 0  # most tokens that were ever computed
+        self.op: KvOpKind | None = None  # the KV operation under way: one at a time
+        self.pending = 0  # iterations it may still run under plans that were sent
+        self.named = False  # a plan of this stream named it: the worker must hear of its end
+
+    @property
+    def job_id(self) -> str:
+        return self.spec.job_id
+
+    @property
+    def known_len(self) -> int:
+        """Prompt and output tokens so far."""
+        return self.prompt_len + len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not in device KV: 1 when it decodes."""
+        return self.prompt_len + len(self.output) - self.computed
+
+    @property
+    def live(self) -> bool:
+        """Not ended."""
+        return self.state in _LIVE
+
+    def bound(self, extra: int = 0) -> int:
+        """Most tokens it can have in device KV once `extra` more iterations were planned."""
+        tokens = self.prompt_len + len(self.output) + self.pending + extra
+        return tokens if tokens < self.max_len else self.max_len
+
+    def __repr__(self) -> str:
+        return (
+            f"Job({self.spec.job_id}, {self.state}, kv={self.kv}, level={self.level}, "
+            f"computed={self.computed}/{self.known_len})"
+        )
+
+
+_LIVE = frozenset({JobState.QUEUED, JobState.RUNNING, JobState.PREEMPTED})

@@ -1,0 +1,318 @@
+"""The words of the core: what goes in (jobs, workers, reports) and what comes out (plans, progress).
+
+Plain values, the same concepts as worker.proto and scheduler.proto without their encoding. Lengths
+are counted in tokens, durations and moments in seconds, memory in KV blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum, auto
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from fastserve.scheduler.core.job import Job
+
+
+class JobState(StrEnum):
+    """Where a job stands. The last three are final."""
+
+    QUEUED = auto()  # has never had a row
+    RUNNING = auto()  # has a row in the newest plan
+    PREEMPTED = auto()  # had a row and will have one again
+    FINISHED = auto()
+    CANCELLED = auto()
+    FAILED = auto()
+
+
+class KvState(StrEnum):
+    """Where the KV cache of a job is. A clean host copy may lie beside DEVICE."""
+
+    NONE = auto()  # nothing computed yet
+    DEVICE = auto()  # device blocks are booked: a row may be planned
+    HOST = auto()  # committed blocks on the host, none on the device
+    OFFLOADING = auto()
+    UPLOADING = auto()
+    DROPPED = auto()  # to be recomputed from the tokens
+
+
+class FinishReason(StrEnum):
+    """Why a job ended."""
+
+    STOP = auto()
+    LENGTH = auto()
+    CANCELLED = auto()
+    FAILED = auto()
+    DEADLINE = auto()
+
+
+class RejectReason(StrEnum):
+    """Why a job was not taken; names as in scheduler.proto. The core uses the first five."""
+
+    QUEUE_FULL = auto()
+    NO_WORKER = auto()
+    TOO_LONG = auto()
+    INVALID = auto()
+    ALREADY_EXISTS = auto()
+    DRAINING = auto()
+    NOT_FOUND = auto()
+
+
+class KvOpKind(StrEnum):
+    """KV operations of a plan; semantics in worker.proto."""
+
+    OFFLOAD = auto()
+    UPLOAD = auto()
+    DROP_DEVICE = auto()
+    DROP_HOST = auto()
+    RELEASE = auto()
+
+
+class KvStatus(StrEnum):
+    """How a KV operation ended; semantics in worker.proto."""
+
+    OK = auto()
+    NO_HOST_SPACE = auto()
+    NO_DEVICE_SPACE = auto()
+    LOST = auto()
+
+
+class PreemptReason(StrEnum):
+    """Why a running job lost its row."""
+
+    QUANTUM = auto()  # it used its quantum up, and others were before it in the lower level
+    PRIORITY = auto()  # strictly better work came
+    MEMORY = auto()  # no device blocks for it
+    WORKER_LOST = auto()
+
+
+class PreemptMode(StrEnum):
+    """What became of the KV cache of a preempted job."""
+
+    RESIDENT = auto()  # stays on the device
+    SWAP = auto()  # goes on from the host copy
+    RECOMPUTE = auto()
+
+
+class EventKind(StrEnum):
+    """What happened to a job."""
+
+    QUEUED = auto()  # accepted (again after a restart)
+    STARTED = auto()  # got a row: for the first time or after a preemption
+    PREEMPTED = auto()  # lost its row
+    OFFLOADED = auto()
+    UPLOADED = auto()
+    DEMOTED = auto()
+    PROMOTED = auto()
+    DROPPED = auto()  # KV given up, to be recomputed
+    FINISHED = auto()  # for whatever reason
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What was submitted.
+
+    `priority` (lower is sooner) decides between jobs of one level, before arrival; `fcfs` goes by
+    arrival alone. `tenant` and `service_class` are carried for metrics and for policies that share
+    out by them; those of this package do not look at them.
+    """
+
+    job_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    arrival: float
+    tenant: str = "default"
+    service_class: str = "default"
+    priority: int = 0
+    deadline: float | None = None
+
+
+class CostSample(NamedTuple):
+    """One measured iteration. `context_tokens` is the sum over rows of tokens attended to."""
+
+    rows: int
+    new_tokens: int
+    context_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """One worker group. Raises ValueError when a limit or a sample makes no sense."""
+
+    worker_id: str
+    block_size: int  # tokens per block
+    device_blocks: int
+    host_blocks: int  # 0: no host memory
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    prefill_sample: CostSample
+    decode_sample: CostSample
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "device_blocks", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"worker {self.worker_id}: {name} must be at least 1")
+        if self.max_model_len < 2 or self.host_blocks < 0:
+            raise ValueError(f"worker {self.worker_id}: bad max_model_len or host_blocks")
+        for name in ("prefill_sample", "decode_sample"):
+            sample: CostSample = getattr(self, name)
+            usable = math.isfinite(sample.seconds) and sample.seconds > 0
+            if not usable or sample.rows < 1 or sample.new_tokens < 1:
+                raise ValueError(f"worker {self.worker_id}: {name} is not a measurement: {sample}")
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What a worker holds when its stream opens, in tokens by job id."""
+
+    device_tokens: Mapping[str, int] = field(default_factory=dict)
+    host_tokens: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a job was not taken. `retry_after_s` 0: no hint."""
+
+    reason: RejectReason
+    message: str
+    retry_after_s: int = 0
+
+
+class RowResult(NamedTuple):
+    """A row that ran: tokens processed, and tokens in device KV afterwards."""
+
+    job_id: str
+    new_tokens: int
+    computed: int
+
+
+class SampledToken(NamedTuple):
+    """A token sampled for output position `index`; `finish` if the job ended with it."""
+
+    job_id: str
+    index: int
+    token: int
+    finish: FinishReason | None = None
+
+
+class OpDone(NamedTuple):
+    """A KV operation that ended. `tokens`: OFFLOAD: now on the host; UPLOAD: on the device."""
+
+    op_id: int
+    status: KvStatus
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a worker says after an iteration, or (iteration 0) when only KV operations ended."""
+
+    plan_id: int  # the plan in force
+    iteration: int  # counts up on the stream, from 1
+    rows: Sequence[RowResult] = ()
+    sampled: Sequence[SampledToken] = ()
+    ops: Sequence[OpDone] = ()
+    stalled: Sequence[str] = ()
+    failed: Sequence[tuple[str, str]] = ()  # job id, message
+    free_device_blocks: int = 0
+    free_host_blocks: int = 0
+    seconds: float = 0.0
+    context_tokens: int = 0
+
+
+class AcceptedToken(NamedTuple):
+    """A new output token. `sampled_position` is its place in `Report.sampled`."""
+
+    job_id: str
+    index: int
+    token: int
+    sampled_position: int
+
+
+class Finished(NamedTuple):
+    """A job that ended. `error` is meant for the client."""
+
+    job_id: str
+    reason: FinishReason
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a report brought: tokens first, in order, then the jobs that ended."""
+
+    tokens: list[AcceptedToken]
+    finished: list[Finished]
+
+
+class PlanRow(NamedTuple):
+    """`tokens`: the most that the row processes in one iteration."""
+
+    job: Job
+    tokens: int
+
+
+class KvOperation(NamedTuple):
+    """A KV operation; `job_id` need not be known (a RELEASE of something left over)."""
+
+    op_id: int
+    kind: KvOpKind
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker is to do until it hears again; semantics in worker.proto."""
+
+    plan_id: int
+    lease: int
+    rows: list[PlanRow]
+    ops: list[KvOperation]
+
+
+class Event(NamedTuple):
+    """Something that happened to a job, for traces, metrics and the store."""
+
+    job_id: str
+    kind: EventKind
+    level: int
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Options of the scheduler. Raises ValueError when one is out of range."""
+
+    policy: str = "skip-join-mlfq"
+    max_num_seqs: int | None = None  # cap below the worker's
+    max_num_batched_tokens: int | None = None  # cap below the worker's
+    max_queued_jobs: int = 1000  # waiting jobs, preempted ones too
+    lease: int = 4  # iterations
+    max_partial_prefills: int = 2  # rows of a plan whose prefill takes more than one iteration
+    look_ahead: int = 64  # jobs that may be passed over in one plan because they do not fit
+    levels: int = 10
+    quantum_ratio: float = 2.0
+    starvation_s: float = 3.0  # alpha: waiting time after which a job is promoted
+    promotion_share: float = 0.25  # of the rows, at the most, for promoted jobs
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "max_queued_jobs", "lease", "max_partial_prefills", "look_ahead", "levels",
+            "max_num_seqs", "max_num_batched_tokens",
+        )  # fmt: skip
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not self.quantum_ratio > 1:
+            raise ValueError(f"quantum_ratio must be greater than 1, not {self.quantum_ratio}")
+        if not self.starvation_s > 0:
+            raise ValueError(f"starvation_s must be greater than 0, not {self.starvation_s}")
+        if not 0 < self.promotion_share <= 1:
+            raise ValueError(f"promotion_share must be in (0, 1], not {self.promotion_share}")
