@@ -1,0 +1,299 @@
+"""Redis: jobs, levels, token logs and the leader's lease (key schema: lua/write.lua).
+
+A write is one script call, so it happens whole or not at all. Writes of an epoch are numbered: one
+that arrives late (its sender gave up waiting) is left out, and one that does not follow the last
+that Redis holds tells that Redis has lost something.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Final, cast
+
+from google.protobuf import json_format
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from fastserve.common.errors import StartupError
+from fastserve.proto.v1.sampling_pb2 import SamplingParams
+
+LEVELS: Final = 64  # of the key schema; more than any policy uses
+_SUPERSEDED: Final = -2  # renew in lease.lua
+_LOAD_CHUNK: Final = 100  # jobs read in one round trip
+
+
+class StoreError(Exception):
+    """Root of what can go wrong with Redis.
+
+    StoreError
+    ├── StoreUnreachable   it does not answer, or not in time, or refuses to work
+    ├── StoreLost          it answers, but does not hold what it once confirmed
+    └── FencedError        a newer leader took over: stop
+    """
+
+
+class StoreUnreachable(StoreError):
+    """Redis does not answer, or not in time, or refuses commands."""
+
+
+class StoreLost(StoreError):
+    """Redis came back without (all of) what it had confirmed."""
+
+
+class FencedError(StoreError):
+    """Another scheduler leads this shard now; nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    """A job as Redis holds it. Times are unix seconds; `finish_reason` "" while it lives."""
+
+    job_id: str
+    tenant: str
+    service_class: str
+    priority: int
+    arrival_unix_s: float
+    deadline_unix_s: float  # 0: none
+    traceparent: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    level: int
+    order: int  # place within the level
+    attained_s: float
+    preemptions: int
+    state: str
+    output: Sequence[int]
+    finish_reason: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a job stands among the others."""
+
+    job_id: str
+    level: int
+    order: int
+    attained_s: float
+    preemptions: int
+    state: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """Changes to be written together. A job is in `whole` or in the others, `ended` apart."""
+
+    whole: list[StoredJob] = field(default_factory=list)
+    appended: list[tuple[str, Sequence[int]]] = field(default_factory=list)
+    placed: list[Placement] = field(default_factory=list)
+    ended: list[tuple[str, str, str, str]] = field(default_factory=list)  # id, state, reason, error
+    forgotten: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The lease is another's."""
+
+    owner: str
+    remaining_s: float
+
+
+class Store:
+    """One shard in Redis. Calls raise `StoreError`s only."""
+
+    def __init__(self, url: str, shard: str, timeout_s: float) -> None:
+        """`timeout_s` bounds every round trip. Raises `StartupError` for a malformed URL."""
+        try:
+            self._redis = Redis.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # A write that may have happened is never repeated blindly.
+                retry=Retry(NoBackoff(), 0),
+                decode_responses=True,
+            )
+        except ValueError as error:
+            raise StartupError(f"redis URL: {error}") from error
+        self._base = f"fastserve:{{{shard}}}:"
+        self._keys = [f"{self._base}epoch"]
+        self._write = self._redis.register_script(_script("write"))
+        self._lease = self._redis.register_script(_script("lease"))
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def ping(self) -> None:
+        """Raises `StoreUnreachable` if there is no answer."""
+        try:
+            await cast(Any, self._redis.ping())
+        except RedisError as error:
+            raise StoreUnreachable(_reason(error)) from error
+
+    async def acquire(self, owner: str, ttl_s: float) -> int | Held:
+        """Take the lease if it is free: the new epoch, else who holds it."""
+        epoch, left_ms, held = await self._run(
+            self._lease, ["acquire", owner, _milliseconds(ttl_s)]
+        )
+        if epoch:
+            return int(epoch)
+        return Held(held.partition(" ")[2], max(0, left_ms) / 1e3)
+
+    async def renew(self, epoch: int, owner: str, ttl_s: float) -> int:
+        """Keep the lease; the number of the last write that Redis holds, -1 if it forgot us.
+
+        Raises `FencedError` if another leader came.
+        """
+        seq = await self._run(self._lease, ["renew", epoch, _milliseconds(ttl_s), owner])
+        if seq == _SUPERSEDED:
+            raise FencedError(f"epoch {epoch} is over")
+        return int(seq)
+
+    async def release(self, epoch: int) -> None:
+        """Give the lease up, so that a standby need not wait for its end."""
+        await self._run(self._lease, ["release", epoch])
+
+    async def write(
+        self, epoch: int, seq: int, batch: Batch, now_unix_s: float, keep_s: int, *, resync: bool
+    ) -> None:
+        """Write the changes of an iteration; `keep_s` is how long ended jobs stay.
+
+        `seq` grows by one with every write of an epoch. `resync`: what Redis holds may be older than
+        the write before this one. Raises `FencedError`, `StoreLost`, `StoreUnreachable`.
+        """
+        previous = -1 if resync else seq - 1
+        head = [epoch, seq, previous, f"{now_unix_s:.3f}", keep_s]
+        if not await self._run(self._write, [*head, *_encode(batch)]):
+            raise StoreLost(f"write {seq} is older than what Redis holds")
+
+    async def put_worker(self, worker_id: str, facts: Mapping[str, Any]) -> None:
+        """Note a worker for people who look into Redis; nothing reads it back."""
+        try:
+            await cast(Any, self._redis.hset(f"{self._base}workers", worker_id, json.dumps(facts)))
+        except RedisError as error:
+            raise StoreUnreachable(_reason(error)) from error
+
+    async def job_ids(self) -> list[str]:
+        """All jobs held, live ones first, in the order of their levels."""
+        pipe = self._redis.pipeline(transaction=False)
+        for level in range(LEVELS):
+            pipe.zrange(f"{self._base}level:{level}", 0, -1)
+        pipe.zrange(f"{self._base}finished", 0, -1)
+        try:
+            replies = await pipe.execute()
+        except RedisError as error:
+            raise StoreUnreachable(_reason(error)) from error
+        return [job_id for reply in replies for job_id in reply]
+
+    async def load(self) -> list[StoredJob]:
+        """Every job: live ones in the order of their levels, then ended ones."""
+        ids = await self.job_ids()
+        jobs: list[StoredJob] = []
+        for start in range(0, len(ids), _LOAD_CHUNK):
+            chunk = ids[start : start + _LOAD_CHUNK]
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id in chunk:
+                pipe.hgetall(f"{self._base}job:{job_id}")
+                pipe.get(f"{self._base}log:{job_id}")
+            try:
+                replies = await pipe.execute()
+            except RedisError as error:
+                raise StoreUnreachable(_reason(error)) from error
+            for index, job_id in enumerate(chunk):
+                fields, log = replies[2 * index], replies[2 * index + 1]
+                if fields and log is not None:  # else it expired meanwhile
+                    jobs.append(_decode(job_id, fields, log))
+        return jobs
+
+    async def _run(self, script: Any, args: Sequence[Any]) -> Any:
+        try:
+            return await script(keys=self._keys, args=args)
+        except ResponseError as error:
+            if str(error).startswith("FENCED"):
+                raise FencedError(str(error)) from error
+            if str(error).startswith("LOST"):
+                raise StoreLost(str(error)) from error
+            raise StoreUnreachable(_reason(error)) from error
+        except RedisError as error:
+            raise StoreUnreachable(_reason(error)) from error
+
+
+def _script(name: str) -> str:
+    return resources.files("fastserve.scheduler").joinpath(f"lua/{name}.lua").read_text()
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1e3))
+
+
+def _reason(error: RedisError) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _tokens(tokens: Iterable[int]) -> str:
+    """Comma after every token, so that logs grow by appending."""
+    return "".join([f"{token}," for token in tokens])
+
+
+def _parse_tokens(text: str) -> list[int]:
+    return [int(token) for token in text.split(",")[:-1]]
+
+
+def _encode(batch: Batch) -> list[Any]:
+    """Arguments 6 and up of write.lua."""
+    appended = "".join([f"{job_id} {_tokens(new)}\n" for job_id, new in batch.appended])
+    placed = "".join(
+        [
+            f"{at.job_id} {at.level} {at.order} {at.attained_s!r} {at.preemptions} {at.state}\n"
+            for at in batch.placed
+        ]
+    )
+    args: list[Any] = [appended, placed, len(batch.whole)]
+    for job in batch.whole:
+        fields = _fields(job)
+        args += [job.job_id, job.level, job.order, _tokens(job.output), len(fields), *fields]
+    args.append(len(batch.ended))
+    for ended in batch.ended:
+        args += ended
+    args += [len(batch.forgotten), *batch.forgotten]
+    return args
+
+
+def _fields(job: StoredJob) -> list[Any]:
+    sampling = json_format.MessageToJson(
+        job.sampling, preserving_proto_field_name=True, indent=None
+    )
+    return [
+        *("tenant", job.tenant, "service_class", job.service_class, "priority", job.priority),
+        *("arrival_unix_s", repr(job.arrival_unix_s)),
+        *("deadline_unix_s", repr(job.deadline_unix_s)),
+        *("traceparent", job.traceparent, "sampling", sampling, "prompt", _tokens(job.prompt)),
+        *("attained_s", repr(job.attained_s), "preemptions", job.preemptions),
+        *("state", job.state, "finish_reason", job.finish_reason, "error", job.error),
+    ]
+
+
+def _decode(job_id: str, fields: Mapping[str, str], log: str) -> StoredJob:
+    return StoredJob(
+        job_id=job_id,
+        tenant=fields["tenant"],
+        service_class=fields["service_class"],
+        priority=int(fields["priority"]),
+        arrival_unix_s=float(fields["arrival_unix_s"]),
+        deadline_unix_s=float(fields["deadline_unix_s"]),
+        traceparent=fields["traceparent"],
+        prompt=_parse_tokens(fields["prompt"]),
+        sampling=json_format.Parse(fields["sampling"], SamplingParams()),
+        level=int(fields["level"]),
+        order=int(fields["order"]),
+        attained_s=float(fields["attained_s"]),
+        preemptions=int(fields["preemptions"]),
+        state=fields["state"],
+        output=_parse_tokens(log),
+        finish_reason=fields["finish_reason"],
+        error=fields["error"],
+    )
