@@ -1,4 +1,4 @@
-"""A real Valkey server for tests: on a Unix socket, without persistence, ended by its process id."""
+"""A real Valkey server for tests, on a Unix socket, without persistence."""
 
 from __future__ import annotations
 

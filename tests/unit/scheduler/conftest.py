@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from redis.asyncio import Redis
-from support.valkey import Valkey, running_valkey
 
 from fastserve.scheduler.store import Store
+from support.valkey import Valkey, running_valkey
 
 
 @pytest.fixture(scope="session")

@@ -162,8 +162,8 @@ class Store:
     ) -> None:
         """Write the changes of an iteration; `keep_s` is how long ended jobs stay.
 
-        `seq` grows by one with every write of an epoch. `resync`: what Redis holds may be older than
-        the write before this one. Raises `FencedError`, `StoreLost`, `StoreUnreachable`.
+        `seq` grows by one with every write of an epoch. `resync`: what Redis holds may be older
+        than the write before this one. Raises `FencedError`, `StoreLost`, `StoreUnreachable`.
         """
         previous = -1 if resync else seq - 1
         head = [epoch, seq, previous, f"{now_unix_s:.3f}", keep_s]

@@ -1,0 +1,227 @@
+"""One time of leadership: everything that exists only while this process leads the shard."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import structlog
+from opentelemetry import trace
+
+from fastserve.proto.v1 import scheduler_pb2
+from fastserve.scheduler import lease
+from fastserve.scheduler.clock import Clock
+from fastserve.scheduler.core import (
+    FinishReason,
+    JobSpec,
+    JobState,
+    Scheduler,
+    SchedulerConfig,
+)
+from fastserve.scheduler.durability import Journal, Term
+from fastserve.scheduler.engine import Engine
+from fastserve.scheduler.gateway_hub import GatewayHub
+from fastserve.scheduler.jobs import End, JobRecord, JobTable
+from fastserve.scheduler.metrics import Metrics
+from fastserve.scheduler.settings import SchedulerSettings
+from fastserve.scheduler.snapshot import snapshot
+from fastserve.scheduler.store import FencedError, Store, StoredJob
+from fastserve.scheduler.tracing import JobTraces
+from fastserve.scheduler.worker_link import WorkerLink
+
+log = structlog.get_logger(__name__)
+
+_GAUGES_S: Final = 0.5
+
+
+class Leader:
+    """Rebuilds the state from Redis, serves, and leaves it all in Redis when it stops."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        store: Store,
+        term: Term,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._term = term
+        self._clock = clock
+        self._metrics = metrics
+        self._started = clock.now()
+        self.core = Scheduler(core_config(settings))
+        self.jobs = JobTable(settings.grace)
+        self.journal = Journal(
+            store,
+            term,
+            self.jobs,
+            clock,
+            keep_s=max(1, round(settings.grace)),
+            changed=self._durability_changed,
+            observe=metrics.redis_write.observe,
+        )
+        self._traces = JobTraces(trace.get_tracer("fastserve.scheduler"), clock)
+        self.engine = Engine(
+            self.core,
+            self.jobs,
+            self.journal,
+            clock,
+            metrics,
+            self._traces,
+            epoch=term.epoch,
+            workers_changed=self._workers_changed,
+        )
+        self.hub = GatewayHub(self.engine, self.jobs, clock, term.epoch)
+        self.links = [
+            WorkerLink(address, term.epoch, self.engine, clock, metrics)
+            for address in settings.worker
+        ]
+
+    async def restore(self) -> None:
+        """Take over the jobs that Redis holds. Raises `StoreError`s."""
+        renewal = asyncio.ensure_future(lease.keep(self._store, self._term, self.journal))
+        try:
+            stored = await self._store.load()
+        finally:
+            renewal.cancel()
+        now = self._clock.now()
+        for job in stored:
+            self._restore(job, now)
+        if stored:
+            live = sum(1 for _ in self.jobs.live())
+            log.info("jobs restored", live=live, ended=len(stored) - live)
+
+    def _restore(self, stored: StoredJob, now: float) -> None:
+        deadline = stored.deadline_unix_s
+        spec = JobSpec(
+            job_id=stored.job_id,
+            prompt=tuple(stored.prompt),
+            max_tokens=stored.sampling.max_tokens,
+            arrival=self._clock.from_unix(stored.arrival_unix_s),
+            tenant=stored.tenant,
+            service_class=stored.service_class,
+            priority=stored.priority,
+            deadline=self._clock.from_unix(deadline) if deadline else None,
+        )
+        job = None
+        if not stored.finish_reason:
+            self.core.restore(
+                spec,
+                stored.output,
+                level=stored.level,
+                attained=stored.attained_s,
+                preemptions=stored.preemptions,
+                now=now,
+            )
+            job = self.core.job(spec.job_id)
+        record = JobRecord(
+            spec=spec,
+            output=stored.output if job is None else job.output,
+            job=job,
+            sampling=stored.sampling,
+            traceparent=stored.traceparent,
+            arrival_unix_s=stored.arrival_unix_s,
+            deadline_unix_s=deadline,
+            written=len(stored.output),
+            visible=len(stored.output),
+        )
+        self.jobs.add(record)
+        if job is None:
+            record.end = End(FinishReason(stored.finish_reason), stored.error)
+            record.end_visible = True
+            self.jobs.retire(record, now)
+        else:
+            self.jobs.orphan(record, now)
+            self._traces.begin(record, now, restored=True)
+            self.journal.mark(record, placed=True)  # places are counted anew
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop`. Raises `FencedError` when another leader took over."""
+        self._durability_changed(True)
+        fenced: FencedError | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                writing = group.create_task(self.journal.run())
+                others = [
+                    group.create_task(lease.keep(self._store, self._term, self.journal)),
+                    group.create_task(self.engine.run()),
+                    group.create_task(self.engine.tick()),
+                    group.create_task(self._gauge()),
+                ]
+                running = [group.create_task(link.run()) for link in self.links]
+                await stop.wait()
+                await self._resign(running)
+                for task in [writing, *others]:
+                    task.cancel()
+        except* FencedError as group_error:
+            fenced = FencedError(str(group_error.exceptions[0]))
+        finally:
+            self.hub.close()
+            self._traces.close(self._clock.now())
+        if fenced is not None:
+            raise fenced
+
+    async def _resign(self, links: list[asyncio.Task[None]]) -> None:
+        """Jobs are not waited for: they go on under the next leader from what is written."""
+        self.engine.draining = True
+        for task in links:
+            task.cancel()
+        await asyncio.wait(links)
+        try:
+            async with asyncio.timeout(self._settings.shutdown_timeout):
+                await self.journal.flush()
+        except TimeoutError:
+            log.error("redis is away: what was not written is lost", jobs=len(self.jobs))
+
+    async def _gauge(self) -> None:
+        """Set the gauges from time to time, until cancelled."""
+        while True:
+            running = sum(job.state is JobState.RUNNING for job in self.core.jobs())
+            self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
+            self._metrics.workers.set(len(self.engine.links))
+            self._metrics.gateways.set(self.hub.sessions)
+            await asyncio.sleep(_GAUGES_S)
+
+    def _workers_changed(self) -> None:
+        """Model and limits stay as they were while no worker is connected."""
+        workers = [link.described for link in self.engine.links if link.described is not None]
+        if not workers:
+            self.hub.announce(ready=False)
+            return
+        self.hub.announce(
+            ready=True,
+            model=workers[0].model,
+            max_model_len=max(worker.max_model_len for worker in workers),
+            max_job_tokens=max(
+                min(worker.max_model_len, worker.device_blocks * worker.block_size)
+                for worker in workers
+            ),
+        )
+
+    def _durability_changed(self, durable: bool) -> None:
+        self._metrics.durable.set(durable)
+        self.hub.announce(durable=durable)
+
+    def snapshot(self, *, include_jobs: bool) -> scheduler_pb2.SnapshotResponse:
+        return snapshot(
+            self.core,
+            self.links,
+            epoch=self._term.epoch,
+            durable=self.journal.durable,
+            uptime_s=self._clock.now() - self._started,
+            now=self._clock.now(),
+            include_jobs=include_jobs,
+        )
+
+
+def core_config(settings: SchedulerSettings) -> SchedulerConfig:
+    return SchedulerConfig(
+        policy=settings.policy,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_queued_jobs=settings.max_num_queued_reqs,
+        lease=settings.lease,
+        starvation_s=settings.starvation_threshold,
+    )

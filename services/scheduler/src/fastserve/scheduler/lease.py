@@ -1,0 +1,78 @@
+"""Who leads the shard: a lease in Redis with a fencing epoch that every write checks.
+
+A leader that cannot reach Redis serves on from memory. If Redis is down, nobody can take its place,
+and when Redis returns, standbys let one lease time pass before they ask, so that it keeps it. If
+only the leader is cut off, its workers leave it as soon as they hear the next leader's epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from fastserve.scheduler.durability import Journal, Term
+from fastserve.scheduler.store import FencedError, Held, Store, StoreError
+
+log = structlog.get_logger(__name__)
+
+_POLL_S: Final = 0.25
+_RENEWALS: Final = 4  # in the time of a lease
+
+
+def owner_name() -> str:
+    """Names this process for people who look into Redis."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+async def win(store: Store, owner: str, ttl_s: float, answered: Callable[[], None]) -> Term:
+    """Wait until this process leads. `answered` is called at every answer from Redis.
+
+    Redis being away is waited for, with one line in the log: services start in any order.
+    """
+    leader = ""
+    away = False
+    while True:
+        try:
+            if away and leader:
+                await store.ping()
+                await asyncio.sleep(ttl_s)
+            grant = await store.acquire(owner, ttl_s)
+        except StoreError as error:
+            if not away:
+                log.warning("redis does not answer: waiting for it", reason=str(error))
+            away = True
+            await asyncio.sleep(_POLL_S)
+            continue
+        away = False
+        answered()
+        if not isinstance(grant, Held):
+            log.info("leading", epoch=grant, owner=owner)
+            return Term(grant, owner, ttl_s)
+        if grant.owner != leader:
+            log.info("standby: another scheduler leads this shard", leader=grant.owner)
+            leader = grant.owner
+        await asyncio.sleep(_POLL_S)
+
+
+async def keep(store: Store, term: Term, journal: Journal) -> None:
+    """Renew until cancelled. Raises `FencedError` when another leader took over.
+
+    Notices too when an idle Redis goes away or comes back without its data.
+    """
+    while True:
+        await asyncio.sleep(term.ttl_s / _RENEWALS)
+        losses, confirmed = journal.losses, journal.confirmed_seq
+        try:
+            seq = await store.renew(term.epoch, term.owner, term.ttl_s)
+        except FencedError:
+            raise
+        except StoreError as error:
+            journal.lose(str(error), losses)
+            continue
+        if seq < confirmed:
+            journal.lose(f"redis holds write {seq} of {confirmed}", losses)

@@ -1,0 +1,79 @@
+"""Metrics of the scheduler. Names follow the conventions; times are in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_FAST: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_ITERATION: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_PAUSES: Final = (0.0, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_COUNTS: Final = (0, 1, 2, 3, 5, 8, 13, 21, 34)
+
+
+class Metrics:
+    """One set of instruments per process; a new leader in the same process goes on counting."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, registry=registry, buckets=buckets)
+
+        self.incoming = counter("fastserve_incoming_requests", "Submissions, refused ones included")
+        self.requests = counter(
+            "fastserve_requests", "Submissions by how they ended or were refused", "outcome"
+        )
+        self.queue_depth = gauge("fastserve_queue_depth", "Waiting jobs per level", "level")
+        self.preemptions = counter(
+            "fastserve_preemptions", "Jobs taken out of the batch", "reason", "mode"
+        )
+        self.request_preemptions = histogram(
+            "fastserve_request_preemptions", "Preemptions of a job, at its end", _COUNTS
+        )
+        self.time_preempted = histogram(
+            "fastserve_time_preempted_seconds", "Time a job was preempted, at its end", _PAUSES
+        )
+        self.promotions = counter(
+            "fastserve_starvation_promotions", "Jobs raised because they waited too long"
+        )
+        self.moved_tokens = counter(
+            "fastserve_kv_tokens", "Tokens whose KV was moved or computed again", "operation"
+        )
+        self.iteration = histogram(
+            "fastserve_iteration_seconds",
+            "Iterations as workers measured them, by the kind of their rows",
+            _ITERATION,
+            "phase",
+        )
+        self.control_rtt = histogram(
+            "fastserve_control_rtt_seconds",
+            "From sending a plan to the first report made under it, less that iteration",
+            _ITERATION,
+        )
+        self.plan = histogram("fastserve_plan_seconds", "Making and packing a plan", _FAST)
+        self.redis_write = histogram(
+            "fastserve_redis_write_seconds", "Round trips of the write script", _FAST
+        )
+        self.durable = gauge("fastserve_durable", "1 if what gateways have seen is in Redis")
+        self.leader = gauge("fastserve_leader", "1 if this process leads the shard")
+        self.workers = gauge("fastserve_workers_connected", "Workers with an open stream")
+        self.gateways = gauge("fastserve_gateways_connected", "Gateways with an open stream")
+        self.running = gauge(
+            "vllm:num_requests_running", "Jobs in the batch", "model_name", "engine"
+        )
+        self.waiting = gauge("vllm:num_requests_waiting", "Jobs that wait", "model_name", "engine")
+
+    def set_depths(self, model: str, depths: Sequence[int], running: int) -> None:
+        """Waiting jobs per level and running ones; `model` "" while no worker is known."""
+        for level, depth in enumerate(depths):
+            self.queue_depth.labels(level).set(depth)
+        if model:
+            self.running.labels(model, "0").set(running)
+            self.waiting.labels(model, "0").set(sum(depths))

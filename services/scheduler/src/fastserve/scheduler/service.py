@@ -1,0 +1,146 @@
+"""The process: a gRPC server, and one leadership after another with waiting in between."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import structlog
+from grpc import aio
+from prometheus_client import CollectorRegistry
+
+from fastserve.common.errors import StartupError
+from fastserve.common.lifecycle import announce_ready
+from fastserve.common.rpc import GrpcServer
+from fastserve.common.telemetry import serve_metrics
+from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
+from fastserve.scheduler import lease
+from fastserve.scheduler.clock import Clock
+from fastserve.scheduler.core import Scheduler
+from fastserve.scheduler.durability import Term
+from fastserve.scheduler.leader import Leader, core_config
+from fastserve.scheduler.metrics import Metrics
+from fastserve.scheduler.settings import SchedulerSettings
+from fastserve.scheduler.store import FencedError, Store, StoreError
+
+log = structlog.get_logger(__name__)
+
+_SERVER_GRACE_S = 1.0  # streams are ended before the server is stopped
+
+
+class Servicer(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Hands calls to the leader; a standby refuses them with UNAVAILABLE."""
+
+    def __init__(self) -> None:
+        self.leader: Leader | None = None
+
+    async def Serve(  # type: ignore[override]  # the stubs do not know writing to the context
+        self, request_iterator: Any, context: aio.ServicerContext[Any, Any]
+    ) -> None:
+        leader = await self._leader(context)
+        await leader.hub.serve(context)
+
+    async def Snapshot(
+        self, request: scheduler_pb2.SnapshotRequest, context: aio.ServicerContext[Any, Any]
+    ) -> scheduler_pb2.SnapshotResponse:
+        leader = await self._leader(context)
+        return leader.snapshot(include_jobs=request.include_jobs)
+
+    async def _leader(self, context: aio.ServicerContext[Any, Any]) -> Leader:
+        if self.leader is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "standby: another scheduler leads")
+        assert self.leader is not None
+        return self.leader
+
+
+class Service:
+    """One scheduler process without its metrics endpoint; tests start several in one process."""
+
+    def __init__(self, settings: SchedulerSettings, clock: Clock | None = None) -> None:
+        """Raises `StartupError` for settings that cannot work."""
+        self.settings = settings
+        self.registry = CollectorRegistry()
+        self.address = ""
+        self.answered = asyncio.Event()  # Redis did: the role of this process is known
+        self._clock = clock or Clock()
+        self._metrics = Metrics(self.registry)
+        self._owner = lease.owner_name()
+        self._servicer = Servicer()
+        self._server = GrpcServer()
+        scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(
+            self._servicer, self._server.server
+        )
+        try:
+            Scheduler(core_config(settings))  # an unknown policy must show now
+        except ValueError as error:
+            raise StartupError(str(error)) from error
+        self._store = Store(settings.redis_url, settings.shard, settings.redis_timeout)
+
+    @property
+    def leader(self) -> Leader | None:
+        """None while this process is a standby."""
+        return self._servicer.leader
+
+    async def start(self) -> None:
+        """Listen. Raises `StartupError` if the address is taken."""
+        self.address = await self._server.start(self.settings.listen)
+        await self._server.set_serving(False)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Lead whenever nobody else does, until `stop`."""
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            while not stop.is_set():
+                winning = asyncio.ensure_future(
+                    lease.win(self._store, self._owner, self.settings.leader_ttl, self.answered.set)
+                )
+                await asyncio.wait({winning, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if winning.done():
+                    await self._lead(winning.result(), stop)
+                else:
+                    winning.cancel()
+        finally:
+            stopping.cancel()
+            await self._server.stop(_SERVER_GRACE_S)
+            await self._store.close()
+
+    async def _lead(self, term: Term, stop: asyncio.Event) -> None:
+        leader = Leader(self.settings, self._store, term, self._clock, self._metrics)
+        try:
+            await leader.restore()
+            self._servicer.leader = leader
+            await self._server.set_serving(True)
+            self._metrics.leader.set(1)
+            await leader.run(stop)
+        except FencedError as error:
+            log.warning("another scheduler leads: stepping down", reason=str(error))
+        except StoreError as error:
+            log.warning("redis failed before all jobs were read: trying again", reason=str(error))
+        finally:
+            self._servicer.leader = None
+            self._metrics.leader.set(0)
+            await self._server.set_serving(False)
+        try:
+            await self._store.release(term.epoch)
+        except StoreError as error:
+            log.warning("lease not released: it will expire", reason=str(error))
+
+
+async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
+    """The whole process, for `run_service`. Raises `StartupError`."""
+    service = Service(settings)
+    await service.start()
+    try:
+        metrics_port = serve_metrics(service.registry, settings.metrics_host, settings.metrics_port)
+    except OSError as error:
+        raise StartupError(f"metrics port {settings.metrics_port}: {error}") from error
+
+    async def announce() -> None:
+        await service.answered.wait()
+        announce_ready(settings, address=service.address, metrics_port=metrics_port)
+
+    async with asyncio.TaskGroup() as group:
+        announcing = group.create_task(announce())
+        await service.run(stop)
+        announcing.cancel()

@@ -1,0 +1,50 @@
+"""Settings of the scheduler."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fastserve.common.settings import ServiceSettings
+
+
+class SchedulerSettings(ServiceSettings):
+    """The scheduler of one shard: decides which jobs run in the next iteration."""
+
+    listen: str = Field(
+        default="127.0.0.1:7070", description="gRPC address: host:port (0: any) or unix:/path"
+    )
+    worker: list[str] = Field(
+        min_length=1, description="gRPC address of a worker group; repeat for more"
+    )
+    redis_url: str = Field(description="redis://host:port/db or unix:///path")
+    redis_timeout: float = Field(
+        default=1.0,
+        gt=0,
+        description="seconds a write may take; then answers go out without being durable",
+    )
+    shard: str = Field(
+        default="0", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="name of the shard in Redis"
+    )
+    leader_ttl: float = Field(
+        default=2.0, gt=0.1, description="seconds after which a standby replaces a silent leader"
+    )
+    grace: float = Field(
+        default=30.0, ge=0, description="seconds a job stays after its gateway stream is gone"
+    )
+
+    policy: str = Field(default="skip-join-mlfq", description="skip-join-mlfq, mlfq or fcfs")
+    max_num_seqs: int | None = Field(
+        default=None, ge=1, description="rows in an iteration (default: the worker's limit)"
+    )
+    max_num_batched_tokens: int | None = Field(
+        default=None, ge=1, description="tokens in an iteration (default: the worker's limit)"
+    )
+    max_num_queued_reqs: int = Field(
+        default=1000, ge=1, description="waiting jobs beyond which new ones are refused"
+    )
+    lease: int = Field(
+        default=4, ge=1, description="iterations a worker may run before it hears again"
+    )
+    starvation_threshold: float = Field(
+        default=3.0, gt=0, description="seconds a job waits before it is promoted"
+    )

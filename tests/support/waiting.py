@@ -1,0 +1,17 @@
+"""Waiting for something to become true, with an end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+
+async def eventually(
+    check: Callable[[], object], what: str = "the condition", timeout: float = 10.0
+) -> None:
+    """Return once `check()` is true. Raises AssertionError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not check():
+        assert time.monotonic() < deadline, f"{what} did not come within {timeout} s"
+        await asyncio.sleep(0.005)
