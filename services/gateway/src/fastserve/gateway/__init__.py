@@ -1,0 +1,1 @@
+"""The HTTP gateway: OpenAI API in, token ids to the scheduler, text out."""

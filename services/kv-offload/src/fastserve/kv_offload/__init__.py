@@ -1,0 +1,1 @@
+"""Host memory for offloaded KV cache blocks: slots, commits, checksums."""

@@ -1,0 +1,1 @@
+"""The engine: a partitioned PyTorch model with a paged KV cache that can be preempted."""
