@@ -182,11 +182,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         """As if the process had died and come back: device KV is gone, host KV if `host`."""
         self.break_stream()
         self.described.epoch += 1
-        for job in list(self._jobs.values()):
-            job.computed = job.blocks = 0
-            job.host = 0 if host else job.host
-            if not job.host:
-                del self._jobs[job.job_id]
+        self._jobs = {
+            job_id: _Job(job_id, job.tokens, job.prompt_len, job.sampling, host=job.host)
+            for job_id, job in self._jobs.items()
+            if job.host and not host
+        }
 
     @property
     def held(self) -> dict[str, tuple[int, int]]:
@@ -255,6 +255,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             if self._runnable(stream):
                 await self.gate.enter()
                 await asyncio.sleep(self._iteration_s)
+                if stream.ended.is_set():
+                    return
                 while not stream.plans.empty():  # the boundary is now
                     self._apply(stream, stream.plans.get_nowait())
             report = self._report(stream)
@@ -371,7 +373,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         report.sampled_indexes.append(position)
         report.sampled_tokens.append(token)
         report.finish_reasons.append(reason)
-        report.has_logprobs.append(job.sampling.HasField("logprobs"))
+        report.has_logprobs.append(int(job.sampling.HasField("logprobs")))
         if job.sampling.HasField("logprobs"):
             count = job.sampling.logprobs
             report.logprobs.append(-position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ token_lists = st.lists(st.integers(0, 2**32 - 1), max_size=20)
     token_lists,
     token_lists,
     st.floats(0, 1e9),
-    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(-1e9, 1e9).map(lambda value: struct.unpack("f", struct.pack("f", value))[0]),
 )
 async def test_any_values_survive(
     writer: Writer,
@@ -124,6 +125,7 @@ async def test_an_iteration_in_one_call(writer: Writer, redis: Redis) -> None:
             appended=[("a", [10, 11]), ("b", [20])],
             placed=[Placement("b", 3, 17, 1.5, 4, "preempted")],
             ended=[("c", "cancelled", "CANCELLED", "")],
+            workers={"w0": '{"connected": true}'},
         )
     )
     await writer.write(Batch(appended=[("a", [12]), ("b", [21])]))
@@ -137,6 +139,7 @@ async def test_an_iteration_in_one_call(writer: Writer, redis: Redis) -> None:
     assert await redis.zrange("fastserve:{s}:level:0", 0, -1) == ["a", "d"]
     assert await redis.exists("fastserve:{s}:level:2") == 0
     assert await redis.get("fastserve:{s}:log:a") == "10,11,12,"
+    assert await redis.hgetall("fastserve:{s}:workers") == {"w0": '{"connected": true}'}
     assert await redis.hget("fastserve:{s}:job:a", "prompt") == "5,6,7,"
 
 
@@ -258,6 +261,26 @@ async def test_epochs_grow_even_if_redis_forgot_them(store: Store, redis: Redis)
 
 
 # Failures
+
+
+async def test_an_unreadable_job_does_not_stop_the_others(writer: Writer, redis: Redis) -> None:
+    await writer.write(Batch(whole=[job("a"), job("b"), job("c")]))
+    await redis.hdel("fastserve:{s}:job:a", "sampling")
+    await redis.set("fastserve:{s}:log:b", "1,two,")
+    assert await writer.store.load() == [job("c")]
+
+
+async def test_cancelling_a_call_is_never_lost(writer: Writer) -> None:
+    async def renew_for_ever() -> None:
+        while True:
+            await writer.store.renew(writer.epoch, "me", TTL)
+
+    for delay in range(100):
+        task = asyncio.ensure_future(renew_for_ever())
+        await asyncio.sleep(delay * 1e-4)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=5)
+        assert done
 
 
 async def test_nobody_there(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ write again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,6 +84,8 @@ class Journal:
         self._dirty: dict[JobRecord, bool] = {}  # value: whether its placement changed
         self._unreleased: dict[JobRecord, None] = {}  # changed since the last commit
         self._forgotten: list[str] = []
+        self._workers: dict[str, str] = {}  # what is known of each, for people
+        self._new_workers: set[str] = set()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,12 +98,17 @@ class Journal:
         self._dirty[record] = placed or self._dirty.get(record, False)
         self._unreleased[record] = None
 
+    def note_worker(self, worker_id: str, facts: Mapping[str, str | float]) -> None:
+        """Leave a note about a worker with the next write, for people who look into Redis."""
+        self._workers[worker_id] = json.dumps(facts)
+        self._new_workers.add(worker_id)
+
     def commit(self) -> None:
         """The marks so far belong together: write them, or release them if nothing is durable."""
         if not self._holding:
             self._show(self._unreleased)
         self._unreleased.clear()
-        if self._dirty:
+        if self._dirty or self._new_workers:
             self._idle.clear()
             self._wake.set()
 
@@ -125,7 +133,7 @@ class Journal:
             try:
                 if self._suspect:
                     raise StoreError(self._suspect)
-                while self._dirty:
+                while self._dirty or self._new_workers:
                     await self._put(self._take(), resync=False)
                 self._idle.set()
             except FencedError:
@@ -167,6 +175,7 @@ class Journal:
         await self._store.renew(term.epoch, term.owner, term.ttl_s)
         held = await self._store.job_ids()
         self._forgotten = [job_id for job_id in held if job_id not in self._jobs]
+        self._new_workers.update(self._workers)
         for record in self._jobs:
             record.written = -1
             self._dirty[record] = True
@@ -180,8 +189,12 @@ class Journal:
 
     def _take(self) -> _Taken:
         """What to write next: everything that changed, but only so many whole jobs at once."""
-        batch = Batch(forgotten=self._forgotten)
+        batch = Batch(
+            forgotten=self._forgotten,
+            workers={worker_id: self._workers[worker_id] for worker_id in self._new_workers},
+        )
         self._forgotten = []
+        self._new_workers.clear()
         reached = []
         size = 0
         while self._dirty and size < _WHOLE_TOKENS:

@@ -142,14 +142,28 @@ class Engine:
         if unknown:
             log.info("worker holds jobs that are over", worker=info.worker_id, jobs=len(unknown))
         self._links[info.worker_id] = link
+        self._note(link, connected=True)
         self._workers_changed()
         self._changed.set()
 
     def worker_down(self, link: WorkerLink) -> None:
         del self._links[link.worker_id]
         self._core.remove_worker(link.worker_id, self._clock.now())
+        self._note(link, connected=False)
         self._workers_changed()
         self._changed.set()
+
+    def _note(self, link: WorkerLink, *, connected: bool) -> None:
+        described = link.described
+        assert described is not None
+        facts: dict[str, str | float] = {
+            "address": link.address,
+            "model": described.model,
+            "epoch": described.epoch,
+            "connected": connected,
+            "changed_unix_s": round(self._clock.unix(), 3),
+        }
+        self._journal.note_worker(described.worker_id, facts)
 
     def report(self, link: WorkerLink, report: worker_pb2.IterationReport) -> None:
         assert link.stream is not None
@@ -161,8 +175,8 @@ class Engine:
         if report.iteration and report.row_new_tokens:
             phase = wire.phase_of(report.row_new_tokens)
             self._metrics.iteration.labels(phase).observe(report.seconds)
-        for job_id in decoded.stalled:
-            log.error("worker had no block for a row", worker=link.worker_id, job=job_id)
+        if decoded.stalled:
+            log.error("worker had no block for rows", worker=link.worker_id, jobs=decoded.stalled)
         self._settle()
 
     def _absorb(self, progress: Progress, logprobs: dict[int, TokenLogprobs], now: float) -> None:

@@ -125,6 +125,7 @@ class GatewayHub:
         self._clock = clock
         self._sessions: set[Session] = set()
         self._closing = asyncio.Event()
+        self._bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._welcome = scheduler_pb2.ServeResponse(
             welcome=scheduler_pb2.Welcome(epoch=epoch, durable=True)
         )
@@ -148,6 +149,10 @@ class GatewayHub:
             self._welcome = message
             for session in self._sessions:
                 session.welcome(message)
+
+    async def watch(self) -> None:
+        """Raise what went wrong inside while a message was handled; endless while nothing does."""
+        await self._bug
 
     def close(self) -> None:
         """End every stream with UNAVAILABLE: this process leads no more."""
@@ -173,9 +178,14 @@ class GatewayHub:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
             self._leave(session)
-        problem = next((result for result in results if isinstance(result, InvalidMessage)), None)
-        if problem is not None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(problem))
+        for result in results:
+            if isinstance(result, InvalidMessage):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(result))
+            # Losing the stream is no bug; anything else leaves a state that is not to be trusted.
+            if isinstance(result, Exception) and not isinstance(result, aio.BaseError):
+                if not self._bug.done():
+                    self._bug.set_exception(result)
+                raise result
         if self._closing.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this scheduler leads no more")
 

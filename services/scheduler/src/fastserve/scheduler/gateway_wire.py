@@ -101,7 +101,7 @@ class TokenPacker:
         batch.token_counts.append(last - first)
         batch.tokens.extend(record.output[first:last])
         has_logprobs = first in record.logprobs and last > first
-        batch.has_logprobs.append(has_logprobs)
+        batch.has_logprobs.append(int(has_logprobs))
         if has_logprobs:
             for index in range(first, last):
                 chosen, top_ids, top = record.logprobs[index]

@@ -148,6 +148,7 @@ class Leader:
                     group.create_task(lease.keep(self._store, self._term, self.journal)),
                     group.create_task(self.engine.run()),
                     group.create_task(self.engine.tick()),
+                    group.create_task(self.hub.watch()),
                     group.create_task(self._gauge()),
                 ]
                 running = [group.create_task(link.run()) for link in self.links]

@@ -7,20 +7,23 @@ that Redis holds tells that Redis has lost something.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Final, cast
 
+import structlog
 from google.protobuf import json_format
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from fastserve.common.errors import StartupError
 from fastserve.proto.v1.sampling_pb2 import SamplingParams
+
+logger = structlog.get_logger(__name__)
 
 LEVELS: Final = 64  # of the key schema; more than any policy uses
 _SUPERSEDED: Final = -2  # renew in lease.lua
@@ -93,6 +96,7 @@ class Batch:
     placed: list[Placement] = field(default_factory=list)
     ended: list[tuple[str, str, str, str]] = field(default_factory=list)  # id, state, reason, error
     forgotten: list[str] = field(default_factory=list)
+    workers: dict[str, str] = field(default_factory=dict)  # id -> JSON, for people only
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +115,17 @@ class Store:
         try:
             self._redis = Redis.from_url(
                 url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
+                # Time-outs are ours: those of the client cost a task per command, and before
+                # Python 3.12 asyncio.wait_for, which they use, can lose a cancellation.
+                socket_timeout=None,
+                socket_connect_timeout=None,
                 # A write that may have happened is never repeated blindly.
                 retry=Retry(NoBackoff(), 0),
                 decode_responses=True,
             )
         except ValueError as error:
             raise StartupError(f"redis URL: {error}") from error
+        self._timeout_s = timeout_s
         self._base = f"fastserve:{{{shard}}}:"
         self._keys = [f"{self._base}epoch"]
         self._write = self._redis.register_script(_script("write"))
@@ -129,10 +136,7 @@ class Store:
 
     async def ping(self) -> None:
         """Raises `StoreUnreachable` if there is no answer."""
-        try:
-            await cast(Any, self._redis.ping())
-        except RedisError as error:
-            raise StoreUnreachable(_reason(error)) from error
+        await self._ask(cast(Any, self._redis.ping()))
 
     async def acquire(self, owner: str, ttl_s: float) -> int | Held:
         """Take the lease if it is free: the new epoch, else who holds it."""
@@ -170,23 +174,13 @@ class Store:
         if not await self._run(self._write, [*head, *_encode(batch)]):
             raise StoreLost(f"write {seq} is older than what Redis holds")
 
-    async def put_worker(self, worker_id: str, facts: Mapping[str, Any]) -> None:
-        """Note a worker for people who look into Redis; nothing reads it back."""
-        try:
-            await cast(Any, self._redis.hset(f"{self._base}workers", worker_id, json.dumps(facts)))
-        except RedisError as error:
-            raise StoreUnreachable(_reason(error)) from error
-
     async def job_ids(self) -> list[str]:
         """All jobs held, live ones first, in the order of their levels."""
         pipe = self._redis.pipeline(transaction=False)
         for level in range(LEVELS):
             pipe.zrange(f"{self._base}level:{level}", 0, -1)
         pipe.zrange(f"{self._base}finished", 0, -1)
-        try:
-            replies = await pipe.execute()
-        except RedisError as error:
-            raise StoreUnreachable(_reason(error)) from error
+        replies = await self._ask(pipe.execute())
         return [job_id for reply in replies for job_id in reply]
 
     async def load(self) -> list[StoredJob]:
@@ -199,27 +193,32 @@ class Store:
             for job_id in chunk:
                 pipe.hgetall(f"{self._base}job:{job_id}")
                 pipe.get(f"{self._base}log:{job_id}")
-            try:
-                replies = await pipe.execute()
-            except RedisError as error:
-                raise StoreUnreachable(_reason(error)) from error
+            replies = await self._ask(pipe.execute())
             for index, job_id in enumerate(chunk):
                 fields, log = replies[2 * index], replies[2 * index + 1]
                 if fields and log is not None:  # else it expired meanwhile
-                    jobs.append(_decode(job_id, fields, log))
+                    try:
+                        jobs.append(_decode(job_id, fields, log))
+                    except (KeyError, ValueError, json_format.ParseError) as error:
+                        logger.error("job in redis is unreadable", job=job_id, reason=repr(error))
         return jobs
 
     async def _run(self, script: Any, args: Sequence[Any]) -> Any:
+        return await self._ask(script(keys=self._keys, args=args))
+
+    async def _ask(self, call: Awaitable[Any]) -> Any:
         try:
-            return await script(keys=self._keys, args=args)
-        except ResponseError as error:
-            if str(error).startswith("FENCED"):
-                raise FencedError(str(error)) from error
-            if str(error).startswith("LOST"):
-                raise StoreLost(str(error)) from error
-            raise StoreUnreachable(_reason(error)) from error
+            async with asyncio.timeout(self._timeout_s):
+                return await call
+        except TimeoutError as error:
+            raise StoreUnreachable(f"no answer within {self._timeout_s} s") from error
         except RedisError as error:
-            raise StoreUnreachable(_reason(error)) from error
+            message = str(error)
+            if message.startswith("FENCED"):
+                raise FencedError(message) from error
+            if message.startswith("LOST"):
+                raise StoreLost(message) from error
+            raise StoreUnreachable(f"{type(error).__name__}: {message}") from error
 
 
 def _script(name: str) -> str:
@@ -228,10 +227,6 @@ def _script(name: str) -> str:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1e3))
-
-
-def _reason(error: RedisError) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _tokens(tokens: Iterable[int]) -> str:
@@ -259,7 +254,9 @@ def _encode(batch: Batch) -> list[Any]:
     args.append(len(batch.ended))
     for ended in batch.ended:
         args += ended
-    args += [len(batch.forgotten), *batch.forgotten]
+    args += [len(batch.forgotten), *batch.forgotten, len(batch.workers)]
+    for worker in batch.workers.items():
+        args += worker
     return args
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from opentelemetry.trace import Span, Status, StatusCode, Tracer
+from opentelemetry.trace import Span, Status, StatusCode, Tracer, get_current_span
 
 from fastserve.common.telemetry import context_from
 from fastserve.scheduler.clock import Clock
@@ -60,6 +60,8 @@ class JobTraces:
         if not record.traceparent:
             return
         context = context_from({"traceparent": record.traceparent})
+        if not get_current_span(context).get_span_context().is_valid:
+            return  # not a traceparent: a span of our own would belong to nothing
         name = DECODE if restored and record.output else QUEUE
         span = self._start(name, context, record.job_id, now)
         if not span.is_recording():

@@ -27,6 +27,7 @@
 --         then field, value, ... of its hash
 --       . count of ended jobs; for each: id, state, reason, error
 --       . count of jobs to forget; for each: id
+--       . count of workers; for each: id, JSON
 --
 -- Returns 1, or 0 for a write that came too late and was left out. Errors: FENCED (a newer leader has
 -- written or may write), LOST (Redis does not hold what it once confirmed: renew the lease, then
@@ -110,5 +111,9 @@ for _ = 1, tonumber(take()) do
   unqueue(id)
   call('ZREM', base .. 'finished', id)
   call('DEL', base .. 'job:' .. id, base .. 'log:' .. id)
+end
+
+for _ = 1, tonumber(take()) do
+  call('HSET', base .. 'workers', take(), take())
 end
 return 1

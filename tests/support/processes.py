@@ -1,0 +1,54 @@
+"""Real service processes for tests: started with a ready file, stopped by pid."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Running:
+    """A service that has announced itself ready."""
+
+    process: subprocess.Popen[bytes]
+    info: dict[str, Any]
+    log: Path
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def service(module: str, folder: Path, *flags: str, timeout: float = 60.0) -> Iterator[Running]:
+    """Run `python -m module flags` until the block ends; an error shows its log."""
+    ready = folder / f"{module}.{time.monotonic_ns()}.ready"
+    log = ready.with_suffix(".log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "--ready-file", str(ready), *flags],
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        deadline = time.monotonic() + timeout
+        while not ready.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{module} did not start:\n{log.read_text()}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.05)
+        yield Running(process, json.loads(ready.read_text()), log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=20)
