@@ -1,0 +1,165 @@
+"""Every call of the kv-offload contract, and every refusal, against the real process."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+import pytest
+
+from fastserve.common.rpc import channel
+from fastserve.proto.v1 import kv_offload_pb2 as pb
+from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
+from support.processes import Running, service
+
+
+@pytest.fixture
+def sidecar(tmp_path: Path) -> Iterator[Running]:
+    flags = ["--listen", f"unix:{tmp_path}/s", "--host-blocks", "4", "--pool-dir", str(tmp_path)]
+    with service("fastserve.kv_offload", tmp_path, *flags) as running:
+        yield running
+
+
+@pytest.fixture
+async def stub(sidecar: Running) -> AsyncIterator[pb_grpc.KvOffloadServiceAsyncStub]:
+    async with channel(sidecar.info["address"]) as connection:
+        yield pb_grpc.KvOffloadServiceStub(connection)
+
+
+Stub: TypeAlias = "pb_grpc.KvOffloadServiceAsyncStub"
+
+
+def attach(epoch: int = 1, layout: str = "l", worker: str = "w") -> pb.AttachRequest:
+    return pb.AttachRequest(
+        worker_id=worker, worker_epoch=epoch, block_bytes=5000, block_size=16, layout=layout
+    )
+
+
+class Caller:
+    """Calls with the epochs filled in."""
+
+    def __init__(self, stub: Stub, attached: pb.AttachResponse, epoch: int = 1) -> None:
+        self.stub = stub
+        self.who: dict[str, Any] = {
+            "worker_id": "w",
+            "worker_epoch": epoch,
+            "sidecar_epoch": attached.sidecar_epoch,
+        }
+
+    async def reserve(self, job: str, *indexes: int) -> list[int]:
+        request = pb.ReserveRequest(job_id=job, block_indexes=indexes, **self.who)
+        return list((await self.stub.Reserve(request)).slots)
+
+    async def commit(self, job: str, slots: list[int], tokens: list[int]) -> None:
+        await self.stub.Commit(
+            pb.CommitRequest(
+                job_id=job,
+                slots=slots,
+                valid_tokens=tokens,
+                checksums=[2**64 - 1] * len(slots),
+                **self.who,
+            )
+        )
+
+    async def lookup(self, *jobs: str) -> pb.LookupResponse:
+        return await self.stub.Lookup(pb.LookupRequest(job_ids=jobs, **self.who))
+
+
+async def refused(call: object, code: grpc.StatusCode, why: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=why) as caught:
+        await call  # type: ignore[misc]
+    assert caught.value.code() is code
+
+
+async def test_a_block_goes_out_and_comes_back(stub: Stub, sidecar: Running) -> None:
+    attached = await stub.Attach(attach())
+    assert (attached.slots, attached.slot_bytes) == (4, 8192)
+    assert Path(attached.pool_path).stat().st_size == attached.pool_bytes == 4 * 8192
+    caller = Caller(stub, attached)
+    slots = await caller.reserve("a", 0, 1)
+    assert not (await caller.lookup("a")).job_ids
+    await caller.commit("a", slots, [16, 7])
+    found = await caller.lookup("a")
+    assert list(found.job_ids) == ["a"]
+    assert list(found.block_indexes) == [0, 1]
+    assert list(found.slots) == slots
+    assert list(found.valid_tokens) == [16, 7]
+    assert list(found.checksums) == [2**64 - 1] * 2
+    stats = await stub.Stats(pb.StatsRequest())
+    assert (stats.committed_slots, stats.free_slots, stats.jobs) == (2, 2, 1)
+    assert stats.committed_bytes_total == stats.looked_up_bytes_total == 2 * 5000
+    port = sidecar.info["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    assert 'fastserve_swap_bytes_total{direction="out"} 10000.0' in text
+    assert "fastserve_host_kv_usage_ratio 0.5" in text
+    released = await stub.Release(pb.ReleaseRequest(job_ids=["a", "unknown"], **caller.who))
+    assert (released.freed_slots, released.free_slots) == (2, 4)
+
+
+async def test_full_pool_refuses_and_changes_nothing(stub: Stub) -> None:
+    caller = Caller(stub, await stub.Attach(attach()))
+    await caller.reserve("a", 0, 1, 2)
+    await refused(
+        caller.reserve("b", 0, 1), grpc.StatusCode.RESOURCE_EXHAUSTED, "2 slots wanted, 1 free"
+    )
+    assert (await stub.Stats(pb.StatsRequest())).rejected_reservations_total == 1
+    assert len(await caller.reserve("b", 0)) == 1
+
+
+async def test_wrong_arguments_are_refused_with_a_sentence(stub: Stub) -> None:
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    await refused(stub.Attach(pb.AttachRequest()), invalid, "must be set")
+    caller = Caller(stub, await stub.Attach(attach()))
+    await refused(caller.reserve("a"), invalid, "must be set")
+    await refused(caller.reserve("a", 1, 1), invalid, "named twice")
+    await refused(caller.commit("a", [3], [16]), invalid, "slot 3 is not reserved for job a")
+
+
+async def test_calls_of_a_past_life_are_refused(stub: Stub) -> None:
+    stale = grpc.StatusCode.FAILED_PRECONDITION
+    old = Caller(stub, await stub.Attach(attach(epoch=1)), epoch=1)
+    slots = await old.reserve("a", 0)
+    await old.commit("a", slots, [16])
+    await old.reserve("a", 1)
+    new = Caller(stub, await stub.Attach(attach(epoch=2)), epoch=2)
+    await refused(old.reserve("b", 0), stale, "another life of this worker")
+    await refused(stub.Attach(attach(epoch=1)), stale, "a later life")
+    found = await new.lookup()
+    assert list(found.block_counts) == [1]  # committed stays, reserved is gone
+    stats = await stub.Stats(pb.StatsRequest())
+    assert (stats.reserved_slots, stats.free_slots) == (0, 3)
+    assert stats.looked_up_bytes_total == 0  # taking stock is not reading
+
+
+async def test_another_layout_empties_the_pool(stub: Stub) -> None:
+    old = Caller(stub, await stub.Attach(attach()))
+    await old.commit("a", await old.reserve("a", 0), [16])
+    new = Caller(stub, await stub.Attach(attach(layout="other")))
+    await refused(old.lookup("a"), grpc.StatusCode.FAILED_PRECONDITION, "attach again")
+    assert not (await new.lookup()).job_ids
+
+
+async def test_block_larger_than_the_pool_memory_is_refused(tmp_path: Path) -> None:
+    flags = ["--listen", f"unix:{tmp_path}/s", "--host-memory", "4K", "--pool-dir", str(tmp_path)]
+    with service("fastserve.kv_offload", tmp_path, *flags) as running:
+        async with channel(running.info["address"]) as connection:
+            await refused(
+                pb_grpc.KvOffloadServiceStub(connection).Attach(attach()),
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "does not fit into --host-memory 4K",
+            )
+
+
+async def test_the_pool_file_is_gone_after_a_clean_stop_and_after_a_restart(tmp_path: Path) -> None:
+    flags = ["--listen", f"unix:{tmp_path}/s", "--host-blocks", "1", "--pool-dir", str(tmp_path)]
+    with service("fastserve.kv_offload", tmp_path, *flags) as running:
+        async with channel(running.info["address"]) as connection:
+            await pb_grpc.KvOffloadServiceStub(connection).Attach(attach())
+        running.kill()
+    assert len(list(tmp_path.glob("fastserve-kv-*"))) == 1
+    with service("fastserve.kv_offload", tmp_path, *flags):
+        assert not list(tmp_path.glob("fastserve-kv-*"))
