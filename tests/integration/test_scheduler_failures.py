@@ -59,6 +59,14 @@ async def health(address: str) -> int:
         return int((await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)).status)
 
 
+async def serving(address: str) -> None:
+    for _ in range(500):
+        if await health(address) == health_pb2.HealthCheckResponse.SERVING:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"{address} does not serve")
+
+
 # Schedulers
 
 
@@ -277,6 +285,7 @@ async def test_the_process_killed_and_started_again(
             info = json.loads(ready.read_text())
             assert info["pid"] == process.pid
             assert info["metrics_port"] > 0
+            await serving(info["address"])
             async with connected(info["address"]) as gateway:
                 if not life:
                     await eventually(lambda: gateway.welcome.ready, "the worker's stream")

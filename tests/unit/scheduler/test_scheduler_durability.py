@@ -13,8 +13,9 @@ from fastserve.proto.v1.sampling_pb2 import SamplingParams
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import FinishReason, Job, JobSpec
-from fastserve.scheduler.durability import Journal, Term, stored
+from fastserve.scheduler.durability import Journal, stored
 from fastserve.scheduler.jobs import End, JobRecord, JobTable
+from fastserve.scheduler.lease import Term
 from fastserve.scheduler.store import FencedError, Store
 from support.valkey import Valkey, running_valkey
 from support.waiting import eventually

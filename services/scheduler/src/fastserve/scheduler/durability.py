@@ -23,6 +23,7 @@ import structlog
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import FinishReason
 from fastserve.scheduler.jobs import JobRecord, JobTable
+from fastserve.scheduler.lease import Term
 from fastserve.scheduler.store import Batch, FencedError, Placement, Store, StoredJob, StoreError
 
 log = structlog.get_logger(__name__)
@@ -38,15 +39,6 @@ _END_STATES = {
     FinishReason.DEADLINE: "failed",
     FinishReason.FAILED: "failed",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """The time in which this process leads the shard."""
-
-    epoch: int
-    owner: str
-    ttl_s: float
 
 
 @dataclass(frozen=True, slots=True)

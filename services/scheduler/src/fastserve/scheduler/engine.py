@@ -241,6 +241,8 @@ class Engine:
         self._metrics.requests.labels(reason.lower()).inc()
         assert record.job is not None
         self._metrics.request_preemptions.observe(record.job.preemptions)
+        if record.preempted_at is not None:
+            record.preempted_s += now - record.preempted_at
         self._metrics.time_preempted.observe(record.preempted_s)
         if reason is FinishReason.FAILED:
             log.error("job failed", job=record.job_id, reason=error)
@@ -260,6 +262,6 @@ class Engine:
             self._journal.mark(record, placed=True)
         if kind is EventKind.PREEMPTED:
             record.preempted_at = event.now
-        elif record.preempted_at is not None and kind in (EventKind.STARTED, EventKind.FINISHED):
+        elif kind is EventKind.STARTED and record.preempted_at is not None:
             record.preempted_s += event.now - record.preempted_at
             record.preempted_at = None

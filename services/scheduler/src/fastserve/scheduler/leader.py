@@ -18,10 +18,11 @@ from fastserve.scheduler.core import (
     Scheduler,
     SchedulerConfig,
 )
-from fastserve.scheduler.durability import Journal, Term
+from fastserve.scheduler.durability import Journal
 from fastserve.scheduler.engine import Engine
 from fastserve.scheduler.gateway_hub import GatewayHub
 from fastserve.scheduler.jobs import End, JobRecord, JobTable
+from fastserve.scheduler.lease import Term
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.snapshot import snapshot
@@ -86,6 +87,8 @@ class Leader:
             stored = await self._store.load()
         finally:
             renewal.cancel()
+            # Fenced already: the first write will tell.
+            await asyncio.gather(renewal, return_exceptions=True)
         now = self._clock.now()
         for job in stored:
             self._restore(job, now)

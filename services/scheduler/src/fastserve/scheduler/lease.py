@@ -11,17 +11,29 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from fastserve.scheduler.durability import Journal, Term
 from fastserve.scheduler.store import FencedError, Held, Store, StoreError
+
+if TYPE_CHECKING:
+    from fastserve.scheduler.durability import Journal
 
 log = structlog.get_logger(__name__)
 
 _POLL_S: Final = 0.25
 _RENEWALS: Final = 4  # in the time of a lease
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """The time in which this process leads the shard."""
+
+    epoch: int
+    owner: str
+    ttl_s: float
 
 
 def owner_name() -> str:

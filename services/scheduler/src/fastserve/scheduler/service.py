@@ -18,8 +18,8 @@ from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import Scheduler
-from fastserve.scheduler.durability import Term
 from fastserve.scheduler.leader import Leader, core_config
+from fastserve.scheduler.lease import Term
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.store import FencedError, Store, StoreError

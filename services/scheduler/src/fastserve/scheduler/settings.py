@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fastserve.common.settings import ServiceSettings
 
@@ -48,3 +48,12 @@ class SchedulerSettings(ServiceSettings):
     starvation_threshold: float = Field(
         default=3.0, gt=0, description="seconds a job waits before it is promoted"
     )
+
+    @field_validator("worker")
+    @classmethod
+    def _each_worker_once(cls, addresses: list[str]) -> list[str]:
+        """Two streams to one worker would end each other for ever."""
+        for address in addresses:
+            if addresses.count(address) > 1:
+                raise ValueError(f"{address} is given twice")
+        return addresses
