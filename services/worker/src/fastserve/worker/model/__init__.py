@@ -1,0 +1,1 @@
+"""The model: files, weights, layers over a paged KV cache, and sampling."""

@@ -1,0 +1,155 @@
+"""What a Hugging Face `config.json` says about a supported model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastserve.worker.model.errors import ModelError
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base frequency and how it is stretched for long contexts."""
+
+    theta: float
+    kind: str = "default"  # default, linear or llama3
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of a Llama-family decoder."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: Rope
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    sliding_window: int | None  # tokens a query sees, itself included; None: all
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read config.json and generation_config.json.
+
+        Raises `ModelError` for a missing or broken file and for anything the model does not
+        implement: an option that is not understood is refused, never ignored.
+        """
+        path = folder / "config.json"
+        raw = _read_json(path)
+        names = raw.get("architectures") or ["none"]
+        if names[0] not in ARCHITECTURES:
+            raise ModelError(
+                f"{path}: architecture {names[0]} is not supported "
+                f"(supported: {', '.join(ARCHITECTURES)})"
+            )
+        _refuse_unsupported(path, raw)
+        try:
+            return cls._from_raw(names[0], raw, _eos(folder, raw), path)
+        except KeyError as error:
+            raise ModelError(f"{path}: {error.args[0]} is missing") from error
+
+    @classmethod
+    def _from_raw(
+        cls, architecture: str, raw: dict[str, Any], eos: tuple[int, ...], path: Path
+    ) -> ModelConfig:
+        heads = int(raw["num_attention_heads"])
+        bias = bool(raw.get("attention_bias", False))
+        window = raw.get("sliding_window")
+        if architecture.startswith("Qwen") and not raw.get("use_sliding_window", False):
+            window = None
+        return cls(
+            architecture=architecture,
+            vocab_size=int(raw["vocab_size"]),
+            hidden_size=int(raw["hidden_size"]),
+            num_layers=int(raw["num_hidden_layers"]),
+            num_heads=heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+            intermediate_size=int(raw["intermediate_size"]),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rope=_rope(path, raw),
+            max_position_embeddings=int(raw["max_position_embeddings"]),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=bias or architecture == "Qwen2ForCausalLM",
+            output_bias=bias and architecture != "Qwen2ForCausalLM",
+            qk_norm=architecture == "Qwen3ForCausalLM",
+            sliding_window=int(window) if window else None,
+            eos_token_ids=eos,
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ModelError(f"{path}: hidden_act {activation} is not supported (only silu)")
+    if raw.get("quantization_config"):
+        raise ModelError(f"{path}: quantized checkpoints (quantization_config) are not supported")
+    if raw.get("mlp_bias"):
+        raise ModelError(f"{path}: mlp_bias is not supported")
+    if raw.get("use_sliding_window"):
+        raise ModelError(f"{path}: use_sliding_window (a window in some layers) is not supported")
+
+
+def _rope(path: Path, raw: dict[str, Any]) -> Rope:
+    # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling.
+    fields = dict(raw.get("rope_scaling") or {})
+    fields.update(raw.get("rope_parameters") or {})
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise ModelError(f"{path}: rope type {kind} is not supported (default, linear, llama3)")
+    if float(fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise ModelError(f"{path}: partial_rotary_factor is not supported")
+    return Rope(
+        theta=float(fields.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        kind=kind,
+        factor=float(fields.get("factor", 1.0)),
+        low_freq_factor=float(fields.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(fields.get("high_freq_factor", 4.0)),
+        original_max_position=int(fields.get("original_max_position_embeddings", 8192)),
+    )
+
+
+def _eos(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    found = raw.get("eos_token_id")
+    if generation.exists():
+        found = _read_json(generation).get("eos_token_id", found)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (int(found),)

@@ -1,0 +1,110 @@
+"""Llama-family decoders: RMSNorm, rotary attention with grouped KV heads, SwiGLU.
+
+Covers Llama, Mistral, Qwen2 and Qwen3, which differ in biases, a norm on queries and keys, and a
+sliding window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fastserve.worker.model.attention import PagedAttention
+from fastserve.worker.model.backend import Linear
+from fastserve.worker.model.batch import Batch
+from fastserve.worker.model.config import ModelConfig, Rope
+from fastserve.worker.model.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one decoder layer; QKV and gate/up are fused into one product each."""
+
+    input_norm: torch.Tensor
+    qkv: Linear  # [hidden -> (heads + 2 * kv heads) * dim]
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear  # [hidden -> 2 * intermediate]
+    down: Linear
+
+
+def rope_table(
+    rope: Rope, head_dim: int, length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, head_dim] in float32 (halves repeated, Hugging Face layout)."""
+    inverse = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope.kind == "linear":
+        inverse = inverse / rope.factor
+    elif rope.kind == "llama3":
+        # Long wavelengths are stretched, short ones kept, those between interpolated.
+        wavelength = 2 * math.pi / inverse
+        ratio = rope.original_max_position / wavelength
+        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = smooth.clamp(0.0, 1.0)
+        inverse = (1 - smooth) * inverse / rope.factor + smooth * inverse
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [T, heads, dim] with cos and sin [T, 1, dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Model:
+    """A decoder with its weights, on one device in one dtype."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: torch.Tensor,
+        layers: list[Layer],
+        final_norm: torch.Tensor,
+        head: Linear,
+    ) -> None:
+        self.config = config
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self._embedding = embedding
+        self._layers = layers
+        self._final_norm = final_norm
+        self._head = head
+        self._cos, self._sin = rope_table(
+            config.rope, config.head_dim, config.max_position_embeddings, self.device
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv: KvCache) -> torch.Tensor:
+        """Run one iteration: logits [len(batch.logit_rows), vocab] in float32.
+
+        K and V of all new tokens are in `kv` afterwards.
+        """
+        config = self.config
+        attention = PagedAttention(batch, kv, config)
+        x = self._embedding[torch.tensor(batch.token_ids, device=self.device)]
+        cos = self._cos[attention.positions][:, None].to(self.dtype)
+        sin = self._sin[attention.positions][:, None].to(self.dtype)
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        for index, layer in enumerate(self._layers):
+            normed = self._norm(x, layer.input_norm)
+            q, k, v = layer.qkv(normed).view(x.shape[0], -1, config.head_dim).split(sizes, dim=1)
+            if layer.query_norm is not None and layer.key_norm is not None:
+                q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
+            attended = attention(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
+            x = x + layer.output(attended)
+            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        last = x[attention.logit_tokens]
+        if not batch.logit_rows:
+            return last.new_empty(0, config.vocab_size, dtype=torch.float32)
+        return self._head(self._norm(last, self._final_norm)).float()
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
