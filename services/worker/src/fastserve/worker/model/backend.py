@@ -60,7 +60,7 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """weight [out, in], bias [out]."""
         self._bias = bias
-        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._packed = weight.device.type == "cpu" and torch._C._has_mkldnn
         self._weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
         )

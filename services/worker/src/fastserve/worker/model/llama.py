@@ -94,7 +94,8 @@ class Model:
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         for index, layer in enumerate(self._layers):
             normed = self._norm(x, layer.input_norm)
-            q, k, v = layer.qkv(normed).view(x.shape[0], -1, config.head_dim).split(sizes, dim=1)
+            heads = layer.qkv(normed).view(x.shape[0], -1, config.head_dim)
+            q, k, v = torch.split(heads, sizes, dim=1)
             if layer.query_norm is not None and layer.key_norm is not None:
                 q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
             attended = attention(index, rotate(q, cos, sin), rotate(k, cos, sin), v)

@@ -24,11 +24,11 @@ class _Weights:
         self._folder = folder
         for file in weight_files(folder):
             try:
-                opened = safe_open(file, framework="pt")  # type: ignore[no-untyped-call]
+                opened = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} cannot be read: {error}") from error
-            for name in opened.keys():  # noqa: SIM118 (no dict)
-                self._where[name] = (file, opened)
+            names: list[str] = list(opened.keys())  # type: ignore[no-untyped-call]
+            self._where.update((name, (file, opened)) for name in names)
 
     def has(self, name: str) -> bool:
         return name in self._where

@@ -1,0 +1,145 @@
+"""`python -m fastserve.worker`: the worker process."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+import time
+
+import psutil
+import structlog
+import torch
+
+from fastserve.common.errors import StartupError
+from fastserve.common.lifecycle import announce_ready, run_service
+from fastserve.common.rpc import GrpcServer
+from fastserve.common.telemetry import serve_metrics
+from fastserve.proto.v1 import worker_pb2 as pb
+from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
+from fastserve.worker.calibrate import measure
+from fastserve.worker.engine import Engine
+from fastserve.worker.engine_thread import EngineThread, StagingMover
+from fastserve.worker.metrics import Metrics
+from fastserve.worker.model.backend import choose_device, choose_dtype
+from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.files import prepare
+from fastserve.worker.model.kv_cache import KvCache, block_bytes
+from fastserve.worker.model.llama import Model
+from fastserve.worker.model.loader import load_model
+from fastserve.worker.service import Worker
+from fastserve.worker.settings import Settings
+from fastserve.worker.staging import KvStaging, SidecarLost
+
+log = structlog.get_logger(__name__)
+_TOKENS_PER_SEQUENCE = 1024  # what --kv-blocks defaults to provide for, on a CPU
+
+
+def _kv_cache(settings: Settings, model: Model) -> KvCache:
+    size = block_bytes(model.config, settings.block_size, model.dtype)
+    blocks = settings.kv_blocks
+    if blocks is None:
+        if model.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(model.device)
+            blocks = int(free - total * (1 - settings.gpu_memory_utilization)) // size
+        else:
+            wanted = settings.max_num_seqs * -(-_TOKENS_PER_SEQUENCE // settings.block_size)
+            blocks = min(wanted, psutil.virtual_memory().available // 4 // size)
+    if blocks < 1:
+        raise StartupError("no memory is left for KV blocks: choose a smaller model or --kv-blocks")
+    return KvCache(model.config, blocks, settings.block_size, model.dtype, model.device)
+
+
+def _max_model_len(settings: Settings, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if settings.max_model_len is not None and settings.max_model_len > limit:
+        raise StartupError(
+            f"--max-model-len {settings.max_model_len} exceeds the model's limit of {limit}"
+        )
+    return settings.max_model_len or limit
+
+
+async def _attach_staging(settings: Settings, epoch: int, model: Model, kv: KvCache) -> KvStaging:
+    meaning = f"{model.config}:{model.dtype}:{kv.block_size}"
+    staging = KvStaging(
+        settings.kv_offload,
+        settings.worker_id,
+        epoch,
+        kv.as_bytes(),
+        kv.block_size,
+        hashlib.sha256(meaning.encode()).hexdigest()[:16],
+    )
+    try:
+        await staging.attach()
+    except SidecarLost as error:
+        # Not fatal: without host memory preempted jobs are recomputed, and it may come later.
+        log.warning("kv-offload is not there yet", reason=str(error))
+    return staging
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Load the model, then serve until `stop` is set."""
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    folder = prepare(settings.model, progress=lambda line: log.info("model", step=line))
+    model = load_model(folder, dtype, device)
+    max_model_len = _max_model_len(settings, model.config)
+    kv = _kv_cache(settings, model)
+    prefill, decode = measure(model, kv, settings.max_num_batched_tokens)
+    epoch = time.time_ns()
+
+    loop = asyncio.get_running_loop()
+    metrics = Metrics(settings.served_model_name or folder.name, kv.block_size, kv.num_blocks)
+    staging = None
+    if settings.kv_offload:
+        staging = await _attach_staging(settings, epoch, model, kv)
+    thread = EngineThread(loop)
+    mover = StagingMover(thread, loop, staging, metrics)
+    engine = Engine(
+        model,
+        kv,
+        mover,
+        eos_token_ids=frozenset(model.config.eos_token_ids),
+        max_model_len=max_model_len,
+    )
+    description = pb.DescribeResponse(
+        worker_id=settings.worker_id,
+        epoch=epoch,
+        model=settings.served_model_name or folder.name,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        block_size=kv.block_size,
+        block_bytes=kv.block_bytes,
+        device_blocks=kv.num_blocks,
+        host_blocks=staging.host_blocks if staging is not None else 0,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=model.config.eos_token_ids,
+        prefill_cost=prefill,
+        decode_cost=decode,
+    )
+    worker = Worker(description, engine, thread, mover, metrics)
+    server = GrpcServer()
+    pb_grpc.add_WorkerServiceServicer_to_server(worker, server.server)
+    thread.start(engine, worker.report)
+    try:
+        address = await server.start(settings.listen)
+        metrics_port = serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
+        await server.set_serving(True)
+        announce_ready(settings, address=address, metrics_port=metrics_port)
+        await stop.wait()
+        await server.stop(settings.shutdown_timeout)
+    finally:
+        await thread.stop()
+        if staging is not None:
+            await staging.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_service("worker", Settings, serve))

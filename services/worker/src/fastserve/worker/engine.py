@@ -1,0 +1,304 @@
+"""The engine: one iteration after another, as the plan in force says. Synchronous, one owner.
+
+Everything here runs on the engine thread. Copies between device and host are started through
+`KvMover` and come back as `finish_copy`; until then their blocks are left alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+import torch
+
+from fastserve.worker.block_pool import BlockPool, NoFreeBlock
+from fastserve.worker.job import Job, Op, OpResult
+from fastserve.worker.kv_ops import KvMover, KvOps
+from fastserve.worker.model.batch import Batch
+from fastserve.worker.model.kv_cache import KvCache
+from fastserve.worker.model.sampling import Sampled, SampleRow, SamplingParams, sample
+
+log = structlog.get_logger(__name__)
+
+
+class ForwardModel(Protocol):
+    """The part of the model that the engine needs."""
+
+    def forward(self, batch: Batch, kv: KvCache) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job as the scheduler sends it, whole."""
+
+    handle: int
+    job_id: str
+    token_ids: list[int]
+    prompt_len: int
+    params: SamplingParams
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do until the next plan (worker.proto, Plan)."""
+
+    plan_id: int
+    lease: int
+    new_jobs: Sequence[NewJob]
+    rows: Sequence[tuple[int, int]]  # handle, most tokens per iteration
+    ops: Sequence[Op]
+
+
+@dataclass(slots=True)
+class Iteration:
+    """What one iteration did, and whatever else ended since the last report."""
+
+    plan_id: int
+    iteration: int = 0
+    rows: list[tuple[int, int, int]] = field(default_factory=list)  # handle, new, computed
+    sampled: list[tuple[int, int, Sampled, str]] = field(default_factory=list)
+    #   handle, output index, token, finish: "", "stop" or "length"
+    stalled: list[int] = field(default_factory=list)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    ops: list[OpResult] = field(default_factory=list)
+    started: float = 0.0
+    seconds: float = 0.0
+    context_tokens: int = 0
+    traceparents: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """Jobs, their KV blocks, and the plan in force."""
+
+    def __init__(
+        self,
+        model: ForwardModel,
+        kv: KvCache,
+        mover: KvMover,
+        *,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+    ) -> None:
+        self._model, self._kv = model, kv
+        self._eos = eos_token_ids
+        self._max_model_len = max_model_len
+        self.pool = BlockPool(kv.num_blocks)
+        self.kv_ops = KvOps(self.pool, kv.block_size, mover)
+        self._held: dict[str, Job] = {}
+        self._by_handle: dict[int, Job] = {}
+        self._rows: list[tuple[Job, int]] = []
+        self._lease = 0
+        self._plan_id = 0
+        self._iterations = 0
+        self._failed: list[tuple[int, str]] = []
+
+    # --- streams -----------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """The scheduler is gone: stop after this iteration and keep all state."""
+        self._rows, self._lease = [], 0
+
+    def reset(self, plan_id: int, host_tokens: dict[str, int]) -> dict[str, tuple[int, int]]:
+        """A new scheduler stream: forget handles, and take stock.
+
+        `host_tokens`: job id -> committed tokens, as the sidecar says. Returns job id ->
+        (tokens in device KV, tokens on the host) of every job held. No copy may be under way.
+        """
+        self.detach()
+        self._by_handle.clear()
+        self._plan_id, self._iterations = plan_id, 0
+        self._failed.clear()
+        self.kv_ops.forget_results()
+        for job_id, job in list(self._held.items()):
+            job.ops.clear()
+            job.host_tokens = host_tokens.get(job_id, 0)
+            job.host_generation = self.kv_ops.generation
+            if job.finished or (not job.blocks and not job.host_tokens):
+                # A finished job may be one whose last token the scheduler never heard of; it is
+                # sent whole again then, and its KV is recomputed or uploaded.
+                self._drop_device(job)
+                if not job.host_tokens:
+                    del self._held[job_id]
+        for job_id, tokens in host_tokens.items():
+            if job_id not in self._held:
+                params = SamplingParams(max_tokens=1)
+                job = Job(job_id, 0, [], 0, params, host_tokens=tokens)
+                job.host_generation = self.kv_ops.generation
+                self._held[job_id] = job
+        return {job.job_id: (job.computed, job.host_tokens) for job in self._held.values()}
+
+    # --- plans -------------------------------------------------------------------------------
+
+    @property
+    def runnable(self) -> bool:
+        """Whether `step` would run an iteration."""
+        return self._lease > 0 and bool(self._rows)
+
+    def apply(self, plan: Plan) -> None:
+        """Put a plan in force. What is wrong with one job fails that job alone."""
+        self._plan_id, self._lease = plan.plan_id, plan.lease
+        for new in plan.new_jobs:
+            self._admit(new)
+        for op in plan.ops:
+            job = self._by_handle.get(op.handle)
+            if job is None:
+                self._failed.append((op.handle, "a KV operation names an unknown job"))
+                continue
+            self.kv_ops.enqueue(job, op)
+        self._rows = []
+        for handle, tokens in plan.rows:
+            job = self._by_handle.get(handle)
+            why = _why_not(job, tokens)
+            if why:
+                self._failed.append((handle, why))
+            elif job is not None and not job.finished:
+                self._rows.append((job, tokens))
+        self.forget_released()
+
+    def forget_released(self) -> None:
+        """Drop the jobs whose release has ended."""
+        for job in self.kv_ops.take_released():
+            self._held.pop(job.job_id, None)
+            self._by_handle.pop(job.handle, None)
+
+    def _admit(self, new: NewJob) -> None:
+        job = self._held.get(new.job_id)
+        if job is None:
+            job = Job(new.job_id, new.handle, new.token_ids, new.prompt_len, new.params)
+            self._held[new.job_id] = job
+        else:
+            if job.blocks:
+                # Recomputing the last token yields its logits: keep KV of what comes before it.
+                common = _common_prefix(job.tokens, new.token_ids)
+                job.computed = max(0, min(job.computed, common, len(new.token_ids) - 1))
+                self._trim(job)
+            job.tokens, job.prompt_len, job.params = new.token_ids, new.prompt_len, new.params
+            job.handle, job.finished = new.handle, False
+        job.traceparent = new.traceparent
+        self._by_handle[new.handle] = job
+
+    def _trim(self, job: Job) -> None:
+        keep = -(-job.computed // self._kv.block_size)
+        self.pool.give_back(job.blocks[keep:])
+        del job.blocks[keep:]
+
+    def _drop_device(self, job: Job) -> None:
+        self.pool.give_back(job.blocks)
+        job.blocks, job.computed = [], 0
+
+    # --- iterations --------------------------------------------------------------------------
+
+    def step(self) -> Iteration:
+        """Run one iteration of the plan in force. Call only if `runnable`."""
+        started, clock = time.time(), time.perf_counter()
+        self._lease -= 1
+        self._iterations += 1
+        result = Iteration(self._plan_id, self._iterations, started=started)
+        work = self._claim_blocks(result)
+        if work:
+            self._forward(work, result)
+        self._rows = [row for row in self._rows if not row[0].finished]
+        self._collect(result)
+        result.seconds = time.perf_counter() - clock
+        return result
+
+    def idle_report(self) -> Iteration | None:
+        """What ended while nothing ran, if anything did."""
+        result = Iteration(self._plan_id)
+        self._collect(result)
+        return result if result.ops or result.failed else None
+
+    def _collect(self, result: Iteration) -> None:
+        self.forget_released()
+        result.ops = self.kv_ops.take_results()
+        result.failed = result.failed + self._failed
+        self._failed = []
+
+    def _claim_blocks(self, result: Iteration) -> list[tuple[Job, int]]:
+        """Rows that can run with the count of tokens each processes; blocks are taken for them."""
+        work = []
+        for job, most in self._rows:
+            count = min(most, len(job.tokens) - job.computed)
+            needed = -(-(job.computed + count) // self._kv.block_size) - len(job.blocks)
+            try:
+                job.blocks += self.pool.take(max(0, needed))
+            except NoFreeBlock as error:
+                log.error("a row has no block", job_id=job.job_id, reason=str(error))
+                result.stalled.append(job.handle)
+                continue
+            work.append((job, count))
+        return work
+
+    def _forward(self, work: list[tuple[Job, int]], result: Iteration) -> None:
+        batch = Batch(
+            token_ids=[
+                token for job, n in work for token in job.tokens[job.computed : job.computed + n]
+            ],
+            query_lens=[n for _, n in work],
+            context_lens=[job.computed + n for job, n in work],
+            block_tables=[job.blocks for job, _ in work],
+            logit_rows=[
+                row for row, (job, n) in enumerate(work) if job.computed + n == len(job.tokens)
+            ],
+        )
+        sampling = [work[row][0] for row in batch.logit_rows]
+        try:
+            logits = self._model.forward(batch, self._kv)
+            rows = [SampleRow(j.params, j.tokens[: j.prompt_len], j.output_ids) for j in sampling]
+            chosen = sample(logits, rows, self._eos)
+        except (RuntimeError, ValueError, IndexError) as error:
+            log.exception("the iteration failed")
+            for job, _ in work:
+                self._fail(job, f"the model failed: {error}", result)
+            return
+        for job, count in work:
+            job.computed += count
+            result.rows.append((job.handle, count, job.computed))
+            result.context_tokens += job.computed
+            if job.traceparent:
+                result.traceparents.append(job.traceparent)
+        for job, token in zip(sampling, chosen, strict=True):
+            if token is None:
+                self._fail(job, "the model's logits are not finite", result)
+            else:
+                self._append(job, token, result)
+
+    def _append(self, job: Job, sampled: Sampled, result: Iteration) -> None:
+        index = len(job.tokens) - job.prompt_len
+        job.tokens.append(sampled.token)
+        params, finish = job.params, ""
+        ends_text = sampled.token in self._eos and not params.ignore_eos
+        if ends_text or sampled.token in params.stop_token_ids:
+            finish = "stop"
+        elif index + 1 >= params.max_tokens or len(job.tokens) >= self._max_model_len:
+            finish = "length"
+        job.finished = bool(finish)
+        result.sampled.append((job.handle, index, sampled, finish))
+
+    def _fail(self, job: Job, why: str, result: Iteration) -> None:
+        job.finished = True
+        result.failed.append((job.handle, why))
+
+
+def _why_not(job: Job | None, tokens: int) -> str:
+    """Why a row cannot run; "" if it can."""
+    if job is None:
+        return "a row names an unknown job"
+    if tokens < 1:
+        return "a row with no tokens"
+    if job.ops:
+        return "a row for a job whose KV is moving"
+    if not job.tokens:
+        return "a row for a job without tokens"
+    return ""
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))

@@ -1,0 +1,174 @@
+"""The thread that runs iterations, and how the event loop talks to it.
+
+The event loop owns gRPC and the copies, the engine thread owns the engine. They meet in one inbox
+of callables that the engine thread runs between iterations, so a newer plan takes effect at the
+next boundary. With nothing to run the thread blocks on the inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import structlog
+
+from fastserve.worker.engine import Engine, Iteration
+from fastserve.worker.job import OpStatus
+from fastserve.worker.kv_ops import CopyDone
+from fastserve.worker.metrics import Metrics
+from fastserve.worker.staging import (
+    BlockRef,
+    Copied,
+    HostCopyLost,
+    KvStaging,
+    NoHostSpace,
+    SidecarLost,
+)
+
+log = structlog.get_logger(__name__)
+Report = Callable[[Iteration], None]
+_NOTHING = Copied(0, 0, 0.0)
+
+
+class EngineThread:
+    """Runs an engine between the messages of its inbox."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._report: Report = lambda _: None
+        self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, engine: Engine, report: Report) -> None:
+        """Start running; the engine belongs to the thread from now on.
+
+        `report` is called on the event loop for whatever there is to report.
+        """
+        self._report = report
+        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine")
+        self._thread.start()
+
+    def post(self, action: Callable[[Engine], None]) -> None:
+        """Run `action(engine)` on the engine thread at the next iteration boundary."""
+        self._inbox.put(action)
+
+    async def ask(self, question: Callable[[Engine], Any]) -> Any:
+        """Like `post`, and wait for the result."""
+        answer: asyncio.Future[Any] = self._loop.create_future()
+
+        def run(engine: Engine) -> None:
+            self._loop.call_soon_threadsafe(_resolve, answer, question(engine))
+
+        self.post(run)
+        return await answer
+
+    async def stop(self) -> None:
+        """End after the iteration under way."""
+        self._inbox.put(None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _run(self, engine: Engine) -> None:
+        while True:
+            try:
+                action = self._inbox.get(block=not engine.runnable)
+            except queue.Empty:
+                self._emit(engine.step())
+                continue
+            if action is None:
+                return
+            action(engine)
+            if not engine.runnable:
+                idle = engine.idle_report()
+                if idle is not None:
+                    self._emit(idle)
+
+    def _emit(self, iteration: Iteration) -> None:
+        self._loop.call_soon_threadsafe(self._report, iteration)
+
+
+def _resolve(answer: asyncio.Future[Any], value: Any) -> None:
+    if not answer.done():  # the one who asked may have been cancelled
+        answer.set_result(value)
+
+
+class StagingMover:
+    """KvMover over KvStaging: copies run on the event loop's side, results come back by inbox."""
+
+    def __init__(
+        self,
+        thread: EngineThread,
+        loop: asyncio.AbstractEventLoop,
+        staging: KvStaging | None,
+        metrics: Metrics,
+    ) -> None:
+        self._thread, self._loop = thread, loop
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._metrics = metrics
+        self.staging = staging
+
+    async def settle(self) -> None:
+        """Wait until no copy is under way here (the engine thread may then start others)."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @property
+    def generation(self) -> int:
+        return self.staging.generation if self.staging is not None else 0
+
+    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None:
+        async def run(staging: KvStaging) -> Copied:
+            return await staging.store(job_id, blocks)
+
+        self._start("out", run, done)
+
+    def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None:
+        async def run(staging: KvStaging) -> Copied:
+            return await staging.load(job_id, blocks)
+
+        self._start("in", run, done)
+
+    def release(self, job_id: str, done: CopyDone) -> None:
+        async def run(staging: KvStaging) -> Copied:
+            await staging.release([job_id])
+            return _NOTHING
+
+        self._start("", run, done)
+
+    def _start(
+        self,
+        direction: str,
+        run: Callable[[KvStaging], Coroutine[Any, Any, Copied]],
+        done: CopyDone,
+    ) -> None:
+        async def task() -> None:
+            status, copied = await self._outcome(direction, run)
+            self._thread.post(lambda _: done(status, copied))
+
+        def begin() -> None:
+            started = self._loop.create_task(task())
+            self._tasks.add(started)
+            started.add_done_callback(self._tasks.discard)
+
+        self._loop.call_soon_threadsafe(begin)
+
+    async def _outcome(
+        self, direction: str, run: Callable[[KvStaging], Coroutine[Any, Any, Copied]]
+    ) -> tuple[OpStatus, Copied]:
+        refused = OpStatus.LOST if direction == "in" else OpStatus.NO_HOST_SPACE
+        if self.staging is None:
+            return (refused if direction else OpStatus.OK), _NOTHING
+        try:
+            copied = await run(self.staging)
+        except NoHostSpace:
+            return OpStatus.NO_HOST_SPACE, _NOTHING
+        except (HostCopyLost, SidecarLost) as error:
+            log.warning("KV copy failed", direction=direction or "release", reason=str(error))
+            # A release that cannot be told: the sidecar that held the blocks is gone with them.
+            return (refused if direction else OpStatus.OK), _NOTHING
+        if direction:
+            self._metrics.copied(direction, copied.bytes, copied.seconds)
+        return OpStatus.OK, copied

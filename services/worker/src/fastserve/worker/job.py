@@ -1,0 +1,76 @@
+"""A job as the worker sees it: tokens, KV on the device, and how much of it the host has."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from fastserve.worker.model.sampling import SamplingParams
+
+
+class OpKind(Enum):
+    """KV operations, as in worker.proto."""
+
+    OFFLOAD = auto()
+    UPLOAD = auto()
+    DROP_DEVICE = auto()
+    DROP_HOST = auto()
+    RELEASE = auto()
+
+
+class OpStatus(Enum):
+    """How a KV operation ended, as in worker.proto."""
+
+    OK = auto()
+    NO_HOST_SPACE = auto()
+    NO_DEVICE_SPACE = auto()
+    LOST = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A KV operation the scheduler asked for."""
+
+    op_id: int
+    kind: OpKind
+    handle: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpResult:
+    """A KV operation that ended; `tokens` on the host (OFFLOAD) or the device (UPLOAD)."""
+
+    op_id: int
+    status: OpStatus
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Job:
+    """State of one job.
+
+    tokens: prompt, then output. computed: how many of them have KV in `blocks`, in order.
+    host_tokens: how many have committed KV on the host. ops: KV operations not ended yet, oldest
+    first; the first is under way if `copying`, and until it ends its blocks belong to the copy.
+    """
+
+    job_id: str
+    handle: int
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    traceparent: str = ""
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    host_tokens: int = 0
+    host_generation: int = 0  # life of the sidecar that has them
+    finished: bool = False
+    copying: bool = False
+    ops: deque[Op] = field(default_factory=deque)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.prompt_len :]

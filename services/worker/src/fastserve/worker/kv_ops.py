@@ -1,0 +1,163 @@
+"""KV operations: what they do to a job, in which order, and when blocks become free.
+
+Operations on one job run one after the other. While a copy is under way (`job.copying`) the blocks
+it reads or writes stay with the job, so nothing can reuse them early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fastserve.worker.block_pool import BlockPool, NoFreeBlock
+from fastserve.worker.job import Job, Op, OpKind, OpResult, OpStatus
+from fastserve.worker.staging.types import BlockRef, Copied
+
+CopyDone = Callable[[OpStatus, Copied], None]
+
+
+class KvMover(Protocol):
+    """Starts a copy and calls `done` on the engine thread once it is over.
+
+    generation: life of the sidecar; a change means that what it held is lost.
+    """
+
+    @property
+    def generation(self) -> int: ...
+
+    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None: ...
+
+    def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None: ...
+
+    def release(self, job_id: str, done: CopyDone) -> None: ...
+
+
+class KvOps:
+    """Runs the operations of all jobs."""
+
+    def __init__(self, pool: BlockPool, block_size: int, mover: KvMover) -> None:
+        self._pool, self._block_size, self._mover = pool, block_size, mover
+        self._results: list[OpResult] = []
+        self._released: list[Job] = []
+        self.copies = 0  # under way
+
+    @property
+    def generation(self) -> int:
+        """Life of the sidecar, 0 if there is none."""
+        return self._mover.generation
+
+    def enqueue(self, job: Job, op: Op) -> None:
+        """Start the operation, or queue it behind those of the same job."""
+        job.ops.append(op)
+        if not job.copying:
+            self._start(job)
+
+    def take_results(self) -> list[OpResult]:
+        """Operations that ended since the last call."""
+        results, self._results = self._results, []
+        return results
+
+    def take_released(self) -> list[Job]:
+        """Jobs that were released since the last call."""
+        released, self._released = self._released, []
+        return released
+
+    def forget_results(self) -> None:
+        """Results of an earlier stream mean nothing to the next one."""
+        self._results.clear()
+
+    def _start(self, job: Job) -> None:
+        """Run queued operations until one has to wait for a copy."""
+        while job.ops and not job.copying:
+            op = job.ops[0]
+            match op.kind:
+                case OpKind.OFFLOAD:
+                    self._offload(job, op)
+                case OpKind.UPLOAD:
+                    self._upload(job, op)
+                case OpKind.DROP_DEVICE:
+                    self._free_device(job)
+                    self._end(job, op, OpStatus.OK, job.host_tokens)
+                case OpKind.DROP_HOST:
+                    self._release(job, op)
+                case OpKind.RELEASE:
+                    self._free_device(job)
+                    self._release(job, op)
+
+    def _release(self, job: Job, op: Op) -> None:
+        self._copy(job, lambda done: self._mover.release(job.job_id, done), op)
+
+    def _forget_lost(self, job: Job) -> None:
+        """What an earlier sidecar held is gone, even if this one has blocks of the job."""
+        if job.host_generation != self._mover.generation:
+            job.host_tokens = 0
+
+    def _offload(self, job: Job, op: Op) -> None:
+        self._forget_lost(job)
+        first = job.host_tokens // self._block_size  # a part-filled block is stored again
+        refs = [
+            BlockRef(i, job.blocks[i], min(self._block_size, job.computed - i * self._block_size))
+            for i in range(first, -(-job.computed // self._block_size))
+        ]
+        if not refs or job.host_tokens >= job.computed:
+            self._free_device(job)
+            self._end(job, op, OpStatus.OK, job.host_tokens)
+            return
+        self._copy(job, lambda done: self._mover.store(job.job_id, refs, done), op)
+
+    def _upload(self, job: Job, op: Op) -> None:
+        self._forget_lost(job)
+        if job.blocks or not job.host_tokens:
+            status = OpStatus.OK if job.blocks else OpStatus.LOST
+            self._end(job, op, status, job.computed)
+            return
+        try:
+            job.blocks = self._pool.take(-(-job.host_tokens // self._block_size))
+        except NoFreeBlock:
+            self._end(job, op, OpStatus.NO_DEVICE_SPACE, 0)
+            return
+        blocks = list(job.blocks)
+        self._copy(job, lambda done: self._mover.load(job.job_id, blocks, done), op)
+
+    def _copy(self, job: Job, start: Callable[[CopyDone], None], op: Op) -> None:
+        job.copying = True
+        self.copies += 1
+
+        def done(status: OpStatus, copied: Copied) -> None:
+            self.copies -= 1
+            job.copying = False
+            self._copied(job, op, status, copied)
+            self._start(job)
+
+        start(done)
+
+    def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied) -> None:
+        tokens = 0
+        if op.kind is OpKind.OFFLOAD and status is OpStatus.OK:
+            job.host_tokens = tokens = job.computed
+            job.host_generation = self._mover.generation
+            self._free_device(job)
+        elif op.kind is OpKind.UPLOAD and status is OpStatus.OK:
+            # The last known token is computed again: its logits are the next token's.
+            job.computed = tokens = min(job.host_tokens, max(0, len(job.tokens) - 1))
+        elif op.kind is OpKind.UPLOAD:
+            self._free_device(job)
+            if status is OpStatus.LOST:
+                job.host_tokens = 0
+        elif op.kind in (OpKind.DROP_HOST, OpKind.RELEASE):
+            job.host_tokens = 0
+        self._end(job, op, status, tokens, copied)
+        if op.kind is OpKind.RELEASE:
+            self._released.append(job)
+
+    def _end(
+        self, job: Job, op: Op, status: OpStatus, tokens: int, copied: Copied | None = None
+    ) -> None:
+        if job.ops and job.ops[0] is op:  # else the stream was reset meanwhile
+            job.ops.popleft()
+            copied = copied or Copied(0, 0, 0.0)
+            self._results.append(OpResult(op.op_id, status, tokens, copied.bytes, copied.seconds))
+
+    def _free_device(self, job: Job) -> None:
+        self._pool.give_back(job.blocks)
+        job.blocks, job.computed = [], 0

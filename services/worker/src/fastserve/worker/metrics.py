@@ -1,0 +1,78 @@
+"""Prometheus series of the worker: FastServe's own, and vLLM's names for existing dashboards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from fastserve.worker.engine import Iteration
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Metrics:
+    """All series, in a registry of their own."""
+
+    def __init__(self, model: str, block_size: int, device_blocks: int) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._device_blocks = device_blocks
+        self.iteration = Histogram(
+            "fastserve_iteration_seconds",
+            "Duration of an iteration, sampling included",
+            ["phase"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.swap_bytes = Counter(
+            "fastserve_swap_bytes_total",
+            "KV bytes copied to the host (out) and back (in)",
+            ["direction"],
+            registry=registry,
+        )
+        self.swap_seconds = Histogram(
+            "fastserve_swap_seconds",
+            "Duration of a KV copy operation",
+            ["direction"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+        def labelled(kind: type[Gauge] | type[Counter], name: str, text: str) -> Any:
+            return kind(name, text, ["model_name"], registry=registry).labels(model)
+
+        self._running = labelled(Gauge, "vllm:num_requests_running", "Rows in the last iteration")
+        self._usage = labelled(Gauge, "vllm:kv_cache_usage_perc", "Share of KV blocks used (0-1)")
+        self._prompt = labelled(Counter, "vllm:prompt_tokens", "Tokens prefilled")
+        self._generated = labelled(Counter, "vllm:generation_tokens", "Tokens sampled")
+        self._iteration_tokens = Histogram(
+            "vllm:iteration_tokens_total",
+            "Tokens processed in an iteration",
+            ["model_name"],
+            buckets=(1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
+            registry=registry,
+        ).labels(model)
+        Gauge(
+            "vllm:cache_config_info",
+            "Size of the KV cache",
+            ["model_name", "block_size", "num_gpu_blocks"],
+            registry=registry,
+        ).labels(model, str(block_size), str(device_blocks)).set(1)
+
+    def observe(self, iteration: Iteration, free_blocks: int) -> None:
+        """Count one iteration (or report without one)."""
+        self._usage.set(1 - free_blocks / self._device_blocks)
+        if not iteration.iteration:
+            return
+        prefilled = sum(new for _, new, _ in iteration.rows if new > 1)
+        phase = "prefill" if prefilled else "decode"
+        self.iteration.labels(phase).observe(iteration.seconds)
+        self._running.set(len(iteration.rows))
+        self._prompt.inc(prefilled)
+        self._generated.inc(len(iteration.sampled))
+        self._iteration_tokens.observe(sum(new for _, new, _ in iteration.rows))
+
+    def copied(self, direction: str, size: int, seconds: float) -> None:
+        """Count a KV copy; direction is "out" or "in"."""
+        self.swap_bytes.labels(direction).inc(size)
+        self.swap_seconds.labels(direction).observe(seconds)

@@ -1,0 +1,136 @@
+"""The gRPC service of a worker: Describe, and one Run stream at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+
+from fastserve.proto.v1 import worker_pb2 as pb
+from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
+from fastserve.worker.engine import Engine, Iteration
+from fastserve.worker.engine_thread import EngineThread, StagingMover
+from fastserve.worker.metrics import Metrics
+from fastserve.worker.staging import SidecarLost
+from fastserve.worker.tracing import IterationTracer
+from fastserve.worker.wire import BadPlan, plan_from, report_from
+
+log = structlog.get_logger(__name__)
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Worker(pb_grpc.WorkerServiceServicer):
+    """Serves one scheduler at a time; the state of jobs outlives its stream."""
+
+    def __init__(
+        self,
+        description: pb.DescribeResponse,
+        engine: Engine,
+        thread: EngineThread,
+        mover: StagingMover,
+        metrics: Metrics,
+    ) -> None:
+        self._description = description
+        self._engine = engine  # touched by the engine thread only, but for `pool.free`
+        self._thread, self._mover = thread, mover
+        self._metrics = metrics
+        self._tracer = IterationTracer()
+        self._outgoing: asyncio.Queue[pb.IterationReport | None] | None = None
+        self._scheduler_epoch = 0
+        self._turn = asyncio.Lock()
+
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        return self._description
+
+    async def Run(
+        self, request_iterator: AsyncIterator[pb.RunRequest], context: Context
+    ) -> AsyncIterator[pb.RunResponse]:
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            return
+        plan = first.plan
+        if not plan.reset or plan.row_handles or plan.ops:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, "the first plan must be a reset and nothing else"
+            )
+        if plan.scheduler_epoch < self._scheduler_epoch:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"a scheduler with epoch {self._scheduler_epoch} is served already",
+            )
+        self._scheduler_epoch = plan.scheduler_epoch
+        if self._outgoing is not None:
+            self._outgoing.put_nowait(None)  # ends the stream before this one
+        async with self._turn:
+            outgoing: asyncio.Queue[pb.IterationReport | None] = asyncio.Queue()
+            inventory = await self._take_stock(plan.plan_id)
+            self._outgoing = outgoing
+            outgoing.put_nowait(inventory)
+            reader = asyncio.create_task(self._read(request_iterator, outgoing))
+            try:
+                while (report := await outgoing.get()) is not None:
+                    yield pb.RunResponse(report=report)
+                if reader.done() and (error := reader.exception()) is not None:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            finally:
+                self._outgoing = None
+                self._thread.post(Engine.detach)
+                reader.cancel()
+                with contextlib.suppress(asyncio.CancelledError, BadPlan, grpc.RpcError):
+                    await reader
+
+    async def _read(
+        self,
+        requests: AsyncIterator[pb.RunRequest],
+        outgoing: asyncio.Queue[pb.IterationReport | None],
+    ) -> None:
+        """Hand plans to the engine thread until the scheduler ends its side."""
+        last = 0
+        try:
+            async for request in requests:
+                if request.plan.plan_id <= last:
+                    raise BadPlan(f"plan {request.plan.plan_id} after plan {last}")
+                last = request.plan.plan_id
+                plan = plan_from(request.plan)
+                self._thread.post(lambda engine, plan=plan: engine.apply(plan))  # type: ignore[misc]
+        finally:
+            outgoing.put_nowait(None)
+
+    async def _take_stock(self, plan_id: int) -> pb.IterationReport:
+        """Wait for copies under way, then put the engine at the start of a new stream."""
+        while await self._thread.ask(lambda engine: engine.kv_ops.copies):
+            await self._mover.settle()
+        host: dict[str, int] = {}
+        if self._mover.staging is not None:
+            try:
+                host = await self._mover.staging.inventory()
+            except SidecarLost as error:
+                log.warning("no inventory from kv-offload", reason=str(error))
+        held = await self._thread.ask(lambda engine: engine.reset(plan_id, host))
+        report = report_from(
+            Iteration(plan_id), self._description.epoch, self._engine.pool.free, self._free_host
+        )
+        report.inventory.job_ids.extend(held)
+        report.inventory.device_tokens.extend(device for device, _ in held.values())
+        report.inventory.host_tokens.extend(tokens for _, tokens in held.values())
+        log.info("serving a scheduler", epoch=self._scheduler_epoch, jobs_held=len(held))
+        return report
+
+    @property
+    def _free_host(self) -> int:
+        staging = self._mover.staging
+        return staging.free_host_blocks if staging is not None else 0
+
+    def report(self, iteration: Iteration) -> None:
+        """Called on the event loop for everything the engine has to say."""
+        free = self._engine.pool.free
+        self._metrics.observe(iteration, free)
+        self._tracer.observe(iteration)
+        if self._outgoing is not None:
+            self._outgoing.put_nowait(
+                report_from(iteration, self._description.epoch, free, self._free_host)
+            )

@@ -1,0 +1,195 @@
+"""KvStaging: the worker's side of the kv-offload contract."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+import torch
+from google.protobuf.message import Message
+
+from fastserve.common.rpc import channel
+from fastserve.proto.v1 import kv_offload_pb2 as pb
+from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
+from fastserve.worker.staging.copier import Copier, HostPool
+from fastserve.worker.staging.types import (
+    BlockRef,
+    Copied,
+    HostCopyLost,
+    NoHostSpace,
+    SidecarLost,
+)
+
+log = structlog.get_logger(__name__)
+_TIMEOUT_S = 10.0
+T = TypeVar("T")
+
+
+class KvStaging:
+    """Stores KV blocks of jobs in the sidecar's pool and loads them back.
+
+    All methods run on the event loop; the copies run in one thread of their own. The caller does
+    not write the blocks named in `store` nor read those named in `load` until they return.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        worker_id: str,
+        worker_epoch: int,
+        kv: torch.Tensor,
+        block_size: int,
+        layout: str,
+    ) -> None:
+        """kv: uint8 [blocks, block_bytes]; layout: fingerprint of what the bytes mean."""
+        self._channel = channel(address)
+        self._stub = pb_grpc.KvOffloadServiceStub(self._channel)
+        self._address = address
+        self._attach_request = pb.AttachRequest(
+            worker_id=worker_id,
+            worker_epoch=worker_epoch,
+            block_bytes=kv.shape[1],
+            block_size=block_size,
+            layout=layout,
+        )
+        self._block_bytes = kv.shape[1]
+        self._copier = Copier(kv)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+        self._pool: HostPool | None = None
+        self._sidecar_epoch = 0
+        # Life of the sidecar that holds our blocks; 0 while there is none.
+        self.generation = 0
+        self._attaching = asyncio.Lock()
+        self.host_blocks = 0
+        self.free_host_blocks = 0
+
+    async def attach(self, timeout: float = _TIMEOUT_S) -> None:
+        """Map the pool of the sidecar; raises `SidecarLost` if it does not answer in time."""
+        async with self._attaching:
+            if self._pool is not None:
+                return
+            try:
+                reply = await self._stub.Attach(
+                    self._attach_request, timeout=timeout, wait_for_ready=True
+                )
+                pool = HostPool(Path(reply.pool_path), reply.slot_bytes, reply.slots)
+            except (grpc.aio.AioRpcError, OSError) as error:
+                raise SidecarLost(f"{self._address}: {_reason(error)}") from error
+            self._pool, self._sidecar_epoch = pool, reply.sidecar_epoch
+            self.generation = reply.sidecar_epoch
+            self.host_blocks = reply.slots
+            self.free_host_blocks = reply.slots
+            log.info("attached to kv-offload", address=self._address, slots=reply.slots)
+
+    async def inventory(self) -> dict[str, int]:
+        """Job id -> committed tokens, counted from block 0 without a gap."""
+        await self.attach()
+        reply = await self._call(self._stub.Lookup, pb.LookupRequest(**self._who()))
+        held, offset = {}, 0
+        for job_id, count in zip(reply.job_ids, reply.block_counts, strict=True):
+            part = slice(offset, offset + count)
+            held[job_id] = _contiguous(reply.block_indexes[part], reply.valid_tokens[part])
+            offset += count
+        self.free_host_blocks = self.host_blocks - len(reply.slots)
+        return held
+
+    async def store(self, job_id: str, blocks: Sequence[BlockRef]) -> Copied:
+        """Reserve slots, copy the blocks out, commit. Raises `NoHostSpace`, `SidecarLost`."""
+        started = time.perf_counter()
+        pool = await self._attached()
+        request = pb.ReserveRequest(
+            job_id=job_id, block_indexes=[ref.index for ref in blocks], **self._who()
+        )
+        slots = list((await self._call(self._stub.Reserve, request)).slots)
+        checksums = await self._in_thread(
+            self._copier.out, pool, [ref.block for ref in blocks], slots
+        )
+        commit = pb.CommitRequest(
+            job_id=job_id,
+            slots=slots,
+            valid_tokens=[ref.valid_tokens for ref in blocks],
+            checksums=checksums,
+            **self._who(),
+        )
+        self.free_host_blocks = (await self._call(self._stub.Commit, commit)).free_slots
+        tokens = sum(ref.valid_tokens for ref in blocks)
+        return Copied(tokens, len(slots) * self._block_bytes, time.perf_counter() - started)
+
+    async def load(self, job_id: str, blocks: Sequence[int]) -> Copied:
+        """Copy the committed blocks 0 .. len(blocks)-1 of a job into device blocks.
+
+        Raises `HostCopyLost` if one is missing or its checksum differs, `SidecarLost`.
+        """
+        started = time.perf_counter()
+        pool = await self._attached()
+        request = pb.LookupRequest(job_ids=[job_id], **self._who())
+        found = await self._call(self._stub.Lookup, request)
+        count = len(blocks)
+        if list(found.block_indexes[:count]) != list(range(count)):
+            raise HostCopyLost(f"job {job_id}: {len(found.slots)} of {count} blocks on the host")
+        intact = await self._in_thread(
+            self._copier.back, pool, found.slots[:count], blocks, found.checksums[:count]
+        )
+        if not intact:
+            log.error("a host copy is damaged", job_id=job_id)
+            raise HostCopyLost(f"job {job_id}: checksum of a host copy differs")
+        tokens = sum(found.valid_tokens[:count])
+        return Copied(tokens, count * self._block_bytes, time.perf_counter() - started)
+
+    async def release(self, job_ids: Sequence[str]) -> None:
+        """Free all slots of the jobs. Raises `SidecarLost`."""
+        await self._attached()
+        request = pb.ReleaseRequest(job_ids=job_ids, **self._who())
+        self.free_host_blocks = (await self._call(self._stub.Release, request)).free_slots
+
+    async def close(self) -> None:
+        self._thread.shutdown(wait=True)
+        self._pool = None
+        await self._channel.close()
+
+    def _who(self) -> dict[str, Any]:
+        return {
+            "worker_id": self._attach_request.worker_id,
+            "worker_epoch": self._attach_request.worker_epoch,
+            "sidecar_epoch": self._sidecar_epoch,
+        }
+
+    async def _attached(self) -> HostPool:
+        if self._pool is None:
+            await self.attach(timeout=1.0)
+        assert self._pool is not None
+        return self._pool
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, function, *arguments)
+
+    async def _call(self, method: Callable[..., Awaitable[T]], request: Message) -> T:
+        try:
+            return await method(request, timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise NoHostSpace(error.details()) from error
+            # Gone, or another life of it: either way what we committed there is not there now.
+            self._pool = None
+            self.generation = self.free_host_blocks = 0
+            raise SidecarLost(f"{self._address}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error.details()) if isinstance(error, grpc.aio.AioRpcError) else str(error)
+
+
+def _contiguous(indexes: Sequence[int], valid: Sequence[int]) -> int:
+    tokens = 0
+    for wanted, (index, count) in enumerate(zip(indexes, valid, strict=True)):
+        if index != wanted:
+            break
+        tokens += count
+    return tokens

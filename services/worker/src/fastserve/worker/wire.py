@@ -1,0 +1,127 @@
+"""Between protobuf messages and the engine's own types."""
+
+from __future__ import annotations
+
+from fastserve.proto.v1 import sampling_pb2, worker_pb2
+from fastserve.worker.engine import Iteration, NewJob, Plan
+from fastserve.worker.job import Op, OpKind, OpStatus
+from fastserve.worker.model.sampling import SamplingParams
+
+_OPS = {
+    worker_pb2.KV_OP_OFFLOAD: OpKind.OFFLOAD,
+    worker_pb2.KV_OP_UPLOAD: OpKind.UPLOAD,
+    worker_pb2.KV_OP_DROP_DEVICE: OpKind.DROP_DEVICE,
+    worker_pb2.KV_OP_DROP_HOST: OpKind.DROP_HOST,
+    worker_pb2.KV_OP_RELEASE: OpKind.RELEASE,
+}
+_STATUS = {
+    OpStatus.OK: worker_pb2.KV_STATUS_OK,
+    OpStatus.NO_HOST_SPACE: worker_pb2.KV_STATUS_NO_HOST_SPACE,
+    OpStatus.NO_DEVICE_SPACE: worker_pb2.KV_STATUS_NO_DEVICE_SPACE,
+    OpStatus.LOST: worker_pb2.KV_STATUS_LOST,
+}
+_FINISH = {
+    "": sampling_pb2.FINISH_REASON_UNSPECIFIED,
+    "stop": sampling_pb2.FINISH_REASON_STOP,
+    "length": sampling_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class BadPlan(ValueError):
+    """The plan is structurally wrong; the sentence says how."""
+
+
+def plan_from(message: worker_pb2.Plan) -> Plan:
+    """Decode a plan; raises `BadPlan` for arrays that do not belong together."""
+    if len(message.row_handles) != len(message.row_tokens):
+        raise BadPlan("row_handles and row_tokens differ in length")
+    if not len(message.op_ids) == len(message.ops) == len(message.op_handles):
+        raise BadPlan("op_ids, ops and op_handles differ in length")
+    if len(set(message.row_handles)) != len(message.row_handles):
+        raise BadPlan("a job has two rows")
+    unknown = [op for op in message.ops if op not in _OPS]
+    if unknown:
+        raise BadPlan(f"unknown KV operation {unknown[0]}")
+    return Plan(
+        plan_id=message.plan_id,
+        lease=message.lease,
+        new_jobs=[_job_from(job) for job in message.new_jobs],
+        rows=list(zip(message.row_handles, message.row_tokens, strict=True)),
+        ops=[
+            Op(op_id, _OPS[kind], handle)
+            for op_id, kind, handle in zip(
+                message.op_ids, message.ops, message.op_handles, strict=True
+            )
+        ],
+    )
+
+
+def _job_from(message: worker_pb2.Job) -> NewJob:
+    if message.prompt_len > len(message.token_ids):
+        raise BadPlan(f"job {message.job_id}: prompt_len exceeds its tokens")
+    return NewJob(
+        handle=message.handle,
+        job_id=message.job_id,
+        token_ids=list(message.token_ids),
+        prompt_len=message.prompt_len,
+        params=_sampling_from(message.sampling),
+        traceparent=message.traceparent,
+    )
+
+
+def _sampling_from(message: sampling_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p or 1.0,  # proto3: 0 is "not set"
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty or 1.0,
+        logit_bias=tuple(zip(message.logit_bias_ids, message.logit_bias_values, strict=True)),
+        seed=message.seed,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        min_tokens=message.min_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def report_from(
+    iteration: Iteration, epoch: int, free_device: int, free_host: int
+) -> worker_pb2.IterationReport:
+    """Encode what an iteration did."""
+    report = worker_pb2.IterationReport(
+        worker_epoch=epoch,
+        plan_id=iteration.plan_id,
+        iteration=iteration.iteration,
+        row_handles=[row[0] for row in iteration.rows],
+        row_new_tokens=[row[1] for row in iteration.rows],
+        row_computed=[row[2] for row in iteration.rows],
+        stalled_handles=iteration.stalled,
+        done_op_ids=[op.op_id for op in iteration.ops],
+        done_status=[_STATUS[op.status] for op in iteration.ops],
+        done_tokens=[op.tokens for op in iteration.ops],
+        done_bytes=[op.bytes for op in iteration.ops],
+        done_seconds=[op.seconds for op in iteration.ops],
+        free_device_blocks=free_device,
+        free_host_blocks=free_host,
+        started_unix_s=iteration.started,
+        seconds=iteration.seconds,
+        context_tokens=iteration.context_tokens,
+        failed_handles=[handle for handle, _ in iteration.failed],
+        failures=[why for _, why in iteration.failed],
+    )
+    for handle, index, sampled, finish in iteration.sampled:
+        report.sampled_handles.append(handle)
+        report.sampled_indexes.append(index)
+        report.sampled_tokens.append(sampled.token)
+        report.finish_reasons.append(_FINISH[finish])
+        report.has_logprobs.append(sampled.logprob is not None)
+        if sampled.logprob is not None:
+            report.logprobs.append(sampled.logprob)
+            report.top_counts.append(len(sampled.top))
+            report.top_ids.extend(token for token, _ in sampled.top)
+            report.top_logprobs.extend(value for _, value in sampled.top)
+    return report
