@@ -23,6 +23,7 @@ from fastserve.scheduler.core import (
     ProtocolError,
     Rejection,
     RejectReason,
+    SampledToken,
 )
 from fastserve.scheduler.jobs import End, JobRecord, TokenLogprobs
 
@@ -128,7 +129,7 @@ def test_a_report_is_decoded(stream: Stream) -> None:
     )
     assert decoded.plan_id == 6
     assert decoded.rows == [("a", 4, 4), ("b", 1, 5)]
-    assert decoded.sampled == [("b", 2, 77, FinishReason.STOP)]
+    assert decoded.sampled == [SampledToken("b", 2, 77, FinishReason.STOP)]
     assert decoded.failed == [("a", "broke")]
     assert (decoded.free_device_blocks, decoded.free_host_blocks) == (8, 9)
     assert (decoded.seconds, decoded.context_tokens, decoded.iteration) == (0.25, 11, 3)

@@ -13,9 +13,31 @@ class Job:
     """
 
     __slots__ = (
-        "attained", "boosted", "computed", "host_tokens", "incumbent", "kv", "level", "max_len",
-        "named", "op", "output", "peak", "pending", "place", "preemptions", "prompt_len", "seq",
-        "spec", "started", "state", "used", "wait_since", "waited", "worker_id",
+        "attained",
+        "booked",
+        "boosted",
+        "computed",
+        "host_booked",
+        "host_tokens",
+        "key",
+        "kv",
+        "level",
+        "max_len",
+        "named",
+        "op",
+        "output",
+        "peak",
+        "pending",
+        "place",
+        "preemptions",
+        "prompt_len",
+        "seq",
+        "spec",
+        "state",
+        "sunk",
+        "used",
+        "wait_since",
+        "worker_id",
     )  # fmt: skip
 
     def __init__(self, spec: JobSpec, seq: int, now: float) -> None:
@@ -28,16 +50,15 @@ class Job:
         self.worker_id: str | None = None  # the worker group it belongs to
 
         # Policy.
+        self.key: tuple[float, ...] = ()  # where it stands in its queue
         self.level = 0
         self.attained = 0.0  # seconds of service it was charged for
         self.used = 0.0  # seconds of the quantum of its level
         self.place = seq  # order within its level
         self.boosted = False  # promoted out of starvation, before level 0
-        self.incumbent = False  # keeps its row against its equals
+        self.sunk = False  # moved down since it last had to fight for its row
         self.preemptions = 0
         self.wait_since = now  # when it last stopped running, or was submitted
-        self.waited = 0.0  # seconds without a row, up to when it last started
-        self.started = False  # has had a row
 
         # KV cache.
         self.kv = KvState.NONE
@@ -46,7 +67,9 @@ class Job:
         self.peak = 0  # most tokens that were ever computed
         self.op: KvOpKind | None = None  # the KV operation under way: one at a time
         self.pending = 0  # iterations it may still run under plans that were sent
-        self.named = False  # a plan of this stream named it: the worker must hear of its end
+        self.booked = 0  # device blocks that nobody else may have
+        self.host_booked = 0  # likewise on the host
+        self.named = False  # the worker knows it: it must hear of its end
 
     @property
     def job_id(self) -> str:

@@ -2,39 +2,179 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 
+from fastserve.scheduler.core.errors import IntegrityError, ProtocolError
+from fastserve.scheduler.core.group import Group, Leftover
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.planner import make_plan
+from fastserve.scheduler.core.policies import policy_named
+from fastserve.scheduler.core.reports import ReportReader
 from fastserve.scheduler.core.types import (
     Event,
+    EventKind,
     Finished,
+    FinishReason,
     Inventory,
     JobSpec,
+    JobState,
+    KvState,
     Plan,
     Progress,
     Rejection,
+    RejectReason,
     Report,
     SchedulerConfig,
     WorkerInfo,
 )
+
+_END_STATES = {
+    FinishReason.CANCELLED: JobState.CANCELLED,
+    FinishReason.FAILED: JobState.FAILED,
+    FinishReason.DEADLINE: JobState.CANCELLED,
+}
+_LONGEST_RETRY_S = 60
 
 
 class Scheduler:
     """Decides which jobs run and where their KV cache lies, for any number of worker groups."""
 
     def __init__(self, config: SchedulerConfig) -> None:
+        """Raises `UnknownPolicyError`."""
+        policy_named(config.policy)
         self.config = config
         self.counters: Counter[str] = Counter()
+        self._jobs: dict[str, Job] = {}  # live ones
+        self._groups: dict[str, Group] = {}
+        self._homeless: dict[Job, None] = {}  # live, without a group
+        self._deadlines: list[tuple[float, int, Job]] = []
+        self._events: list[Event] = []
+        self._places = itertools.count()
+        self._finish_gap_s = 0.0  # average time between two ends
+        self._last_finish: float | None = None
+        self._reader = ReportReader(self._jobs.get, self._end, self._tell, self.counters)
+
+    # --- workers -----------------------------------------------------------------------------
 
     def add_worker(self, info: WorkerInfo, inventory: Inventory, now: float) -> list[str]:
-        raise NotImplementedError
+        """A worker whose stream has just opened. Jobs without a group may go to it.
+
+        Returns the jobs of its inventory that are over or elsewhere; they are released. Raises
+        `ProtocolError` if it is there already, or holds more than it has.
+        """
+        if info.worker_id in self._groups:
+            raise ProtocolError(f"worker {info.worker_id} is connected already")
+        group = Group(info, self.config, lambda: next(self._places))
+        self._groups[info.worker_id] = group
+        for job in list(self._homeless):
+            if group.fits(job.max_len):
+                del self._homeless[job]
+                self._settle(group, job, now)
+        unknown = self._take_stock(group, inventory)
+        if group.free < 0:
+            del self._groups[info.worker_id]
+            raise ProtocolError(f"worker {info.worker_id} holds more blocks than it has")
+        return unknown
+
+    def _take_stock(self, group: Group, inventory: Inventory) -> list[str]:
+        """Book what the worker holds, then what its jobs need beyond."""
+        device, host = inventory.device_tokens, inventory.host_tokens
+        unknown, kept = [], []
+        for job_id in dict.fromkeys([*device, *host]):
+            on_device, on_host = device.get(job_id, 0), host.get(job_id, 0)
+            job = self._jobs.get(job_id)
+            if job is None or job.worker_id != group.info.worker_id:
+                leftover = Leftover(group.blocks(on_device), group.blocks(on_host))
+                group.device_used += leftover.device
+                group.host_used += leftover.host
+                group.to_release[job_id] = leftover
+                unknown.append(job_id)
+                continue
+            job.named = True
+            job.host_tokens = on_host
+            group.book_host(job, group.blocks(on_host))
+            job.computed = min(on_device, job.known_len - 1)
+            job.peak = max(job.peak, on_device, on_host)
+            job.kv = KvState.HOST if on_host else KvState.DROPPED
+            if on_device:
+                job.booked = group.blocks(on_device)
+                group.device_used += job.booked
+                kept.append(job)
+        for job in kept:
+            more = group.need(job, 0) - job.booked
+            job.kv = KvState.DEVICE
+            group.resident[job] = None
+            if more <= group.free:
+                group.book(job)
+            else:
+                group.to_drop.append(job)
+        return unknown
 
     def remove_worker(self, worker_id: str, now: float) -> None:
-        raise NotImplementedError
+        """Its stream is gone. Its jobs go to other groups, or wait until one comes."""
+        group = self._groups.pop(worker_id)
+        for job in list(group.queue):
+            was_running = job.state is JobState.RUNNING
+            group.remove(job)
+            if was_running:
+                job.state = JobState.PREEMPTED
+                job.preemptions += 1
+                self.counters["preemptions.worker_lost.recompute"] += 1
+                self._tell(job, EventKind.PREEMPTED, now)
+            job.kv = KvState.DROPPED if job.peak else KvState.NONE
+            job.computed = job.host_tokens = job.booked = job.host_booked = job.pending = 0
+            job.op, job.named = None, False
+            home = self._home(job.max_len)
+            if home is None:
+                job.worker_id = None
+                self._homeless[job] = None
+            else:
+                self._settle(home, job, now)
+
+    def _home(self, total_tokens: int) -> Group | None:
+        """The group with the fewest jobs that can run it."""
+        able = [group for group in self._groups.values() if group.fits(total_tokens)]
+        return min(able, key=lambda group: len(group.queue), default=None)
+
+    def _settle(self, group: Group, job: Job, now: float) -> None:
+        job.wait_since = now
+        group.add(job)
+
+    # --- jobs --------------------------------------------------------------------------------
 
     def submit(self, spec: JobSpec, now: float) -> Rejection | None:
-        raise NotImplementedError
+        """Take a job, or say why not."""
+        job_id = spec.job_id
+        if not spec.prompt or spec.max_tokens < 1:
+            return Rejection(RejectReason.INVALID, "a job needs a prompt and max_tokens >= 1")
+        if job_id in self._jobs or any(group.holds(job_id) for group in self._groups.values()):
+            return Rejection(RejectReason.ALREADY_EXISTS, f"job {job_id} exists")
+        if not self._groups:
+            return Rejection(RejectReason.NO_WORKER, "no worker is connected", 1)
+        total = len(spec.prompt) + spec.max_tokens
+        group = self._home(total)
+        if group is None:
+            most = max(self._longest(group) for group in self._groups.values())
+            return Rejection(
+                RejectReason.TOO_LONG,
+                f"prompt and output may have {most} tokens together, not {total}",
+            )
+        waiting = len(self._jobs) - sum(group.running for group in self._groups.values())
+        if waiting >= self.config.max_queued_jobs:
+            return Rejection(
+                RejectReason.QUEUE_FULL,
+                f"{waiting} jobs are waiting, which is the limit",
+                self._retry_after(),
+            )
+        job = self._enter(spec, now)
+        group.policy.join(job)
+        self._settle(group, job, now)
+        self._tell(job, EventKind.QUEUED, now)
+        return None
 
     def restore(
         self,
@@ -46,34 +186,148 @@ class Scheduler:
         preemptions: int,
         now: float,
     ) -> None:
-        raise NotImplementedError
+        """A live job of a former leader. Called in the order that they had in their levels."""
+        job = self._enter(spec, now)
+        job.output.extend(output)
+        job.level = min(level, self.config.levels - 1)
+        job.attained, job.preemptions = attained, preemptions
+        job.place = next(self._places)
+        if output:
+            # Something of it may be with a worker; what, that worker will say.
+            job.state, job.kv, job.peak = JobState.PREEMPTED, KvState.DROPPED, job.known_len - 1
+        group = self._home(job.max_len)
+        if group is None:
+            self._homeless[job] = None
+        else:
+            self._settle(group, job, now)
+        self._tell(job, EventKind.QUEUED, now)
+
+    def _enter(self, spec: JobSpec, now: float) -> Job:
+        job = Job(spec, next(self._places), now)
+        self._jobs[spec.job_id] = job
+        if spec.deadline is not None:
+            heappush(self._deadlines, (spec.deadline, job.seq, job))
+        return job
 
     def cancel(self, job_id: str, now: float) -> bool:
-        raise NotImplementedError
+        """End a job. False if it is over or unknown."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return False
+        self._end(job, FinishReason.CANCELLED, now)
+        return True
 
     def expire(self, now: float) -> list[Finished]:
-        raise NotImplementedError
+        """End the jobs whose deadline has come."""
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, job = heappop(self._deadlines)
+            if job.live:
+                self._end(job, FinishReason.DEADLINE, now)
+                text = "the deadline of the request has passed"
+                ended.append(Finished(job.job_id, FinishReason.DEADLINE, text))
+        return ended
+
+    def _end(self, job: Job, reason: FinishReason, now: float) -> None:
+        group = self._groups.get(job.worker_id) if job.worker_id is not None else None
+        if group is None:
+            del self._homeless[job]
+        else:
+            group.remove(job)
+            if job.named:
+                busy = job.op is not None
+                leftover = Leftover(job.booked, job.host_booked, busy)
+                group.to_release[job.job_id] = leftover
+            else:
+                group.device_used -= job.booked
+        job.state = _END_STATES.get(reason, JobState.FINISHED)
+        del self._jobs[job.job_id]
+        if self._last_finish is not None:
+            self._finish_gap_s += 0.1 * (now - self._last_finish - self._finish_gap_s)
+        self._last_finish = now
+        self._tell(job, EventKind.FINISHED, now)
+
+    def _retry_after(self) -> int:
+        """Seconds until about a tenth of those that wait may have ended."""
+        seconds = self._finish_gap_s * self.config.max_queued_jobs / 10
+        return min(_LONGEST_RETRY_S, max(1, math.ceil(seconds)))
+
+    @staticmethod
+    def _longest(group: Group) -> int:
+        return min(group.info.max_model_len, group.info.device_blocks * group.info.block_size)
+
+    # --- iterations --------------------------------------------------------------------------
 
     def on_report(self, worker_id: str, report: Report, now: float) -> Progress:
-        raise NotImplementedError
+        """Raises `ProtocolError` for what the worker cannot have seen."""
+        return self._reader.apply(self._groups[worker_id], report, now)
 
     def plan(self, worker_id: str, now: float) -> Plan | None:
-        raise NotImplementedError
+        """What the worker should do from now on; None: it may go on as it does."""
+        return make_plan(self._groups[worker_id], now, self._tell, self.counters)
+
+    # --- looking in --------------------------------------------------------------------------
 
     def job(self, job_id: str) -> Job | None:
-        raise NotImplementedError
+        """A live job."""
+        return self._jobs.get(job_id)
 
     def jobs(self) -> Iterable[Job]:
-        raise NotImplementedError
+        """All live jobs."""
+        return self._jobs.values()
 
     def level_depths(self) -> list[int]:
-        raise NotImplementedError
+        """Waiting jobs per level."""
+        depths = [0] * len(self.level_quanta())
+        for job in self._jobs.values():
+            if job.state is not JobState.RUNNING:
+                depths[min(job.level, len(depths) - 1)] += 1
+        return depths
 
     def level_quanta(self) -> list[float]:
-        raise NotImplementedError
+        """Seconds of service per level, of the first worker; 0 while none is known."""
+        for group in self._groups.values():
+            return group.policy.quanta()
+        return [0.0] * self.config.levels
 
     def drain_events(self) -> list[Event]:
-        raise NotImplementedError
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _tell(self, job: Job, kind: EventKind, now: float) -> None:
+        self._events.append(Event(job.job_id, kind, job.level, now))
 
     def check_integrity(self) -> None:
-        raise NotImplementedError
+        """Count everything again. Raises `IntegrityError`; for tests, it looks at every job."""
+        for group in self._groups.values():
+            _check_group(group)
+        placed = [job for group in self._groups.values() for job in group.queue]
+        placed.extend(self._homeless)
+        _demand(len(placed) == len(set(placed)), "a job stands in two queues")
+        _demand(set(placed) == set(self._jobs.values()), "a live job stands in no queue")
+
+
+def _check_group(group: Group) -> None:
+    jobs = list(group.queue)
+    _demand([group.policy.key(job) for job in jobs] == sorted(job.key for job in jobs), "order")
+    ended = [*group.to_release.values()]
+    ended += [op.leftover for op in group.ops.values() if op.leftover is not None]
+    device = sum(job.booked for job in jobs) + sum(leftover.device for leftover in ended)
+    host = sum(job.host_booked for job in jobs) + sum(leftover.host for leftover in ended)
+    _demand(device == group.device_used, f"{group.device_used} blocks booked, not {device}")
+    _demand(host == group.host_used, f"{group.host_used} host blocks booked, not {host}")
+    _demand(group.device_used <= group.info.device_blocks, "more blocks booked than there are")
+    running = [job for job in jobs if job.state is JobState.RUNNING]
+    _demand(len(running) == group.running, f"{group.running} rows, not {len(running)}")
+    for job in jobs:
+        planned = sum(
+            plan.lease_left for plan in group.plans for row in plan.rows if row.job is job
+        )
+        _demand(job.pending == planned, f"{job}: pending {job.pending}, not {planned}")
+        _demand((job in group.resident) == (job.kv is KvState.DEVICE), f"{job}: residence")
+
+
+def _demand(condition: bool, message: str) -> None:
+    if not condition:
+        raise IntegrityError(message)

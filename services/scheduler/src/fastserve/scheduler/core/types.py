@@ -1,4 +1,4 @@
-"""The words of the core: what goes in (jobs, workers, reports) and what comes out (plans, progress).
+"""The words of the core: jobs, workers and reports go in, plans and progress come out.
 
 Plain values, the same concepts as worker.proto and scheduler.proto without their encoding. Lengths
 are counted in tokens, durations and moments in seconds, memory in KV blocks.
@@ -190,7 +190,8 @@ class RowResult(NamedTuple):
     computed: int
 
 
-class SampledToken(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SampledToken:
     """A token sampled for output position `index`; `finish` if the job ended with it."""
 
     job_id: str
@@ -226,7 +227,8 @@ class Report:
     context_tokens: int = 0
 
 
-class AcceptedToken(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class AcceptedToken:
     """A new output token. `sampled_position` is its place in `Report.sampled`."""
 
     job_id: str

@@ -1,0 +1,75 @@
+"""A plan in the making: what it holds so far, and what memory is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastserve.scheduler.core.group import Group
+from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.types import KvOperation, KvOpKind, KvState, PlanRow, PreemptMode
+
+
+@dataclass(slots=True)
+class Draft:
+    """Rows and operations of the next plan of a group.
+
+    set_aside: free device blocks that wait for better jobs which do not fit yet. Whoever comes
+    later in the order must leave them alone.
+    """
+
+    group: Group
+    rows: list[PlanRow] = field(default_factory=list)
+    chosen: set[Job] = field(default_factory=set)  # those of `rows`
+    ops: list[KvOperation] = field(default_factory=list)
+    set_aside: int = 0
+    starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
+    evicted: dict[Job, PreemptMode] = field(default_factory=dict)
+
+    @property
+    def spare(self) -> int:
+        """Device blocks for whoever comes next in the order; negative: promised already."""
+        return self.group.free - self.set_aside
+
+    @property
+    def leaving(self) -> int:
+        """Device blocks that become free when copies under way end."""
+        return sum(
+            op.job.booked
+            for op in self.group.ops.values()
+            if op.kind is KvOpKind.OFFLOAD and op.job is not None
+        )
+
+    def operate(self, kind: KvOpKind, job: Job) -> None:
+        """Begin an operation on a job without one; book what it moves."""
+        group = self.group
+        self.ops.append(KvOperation(group.operation(kind, job), kind, job.job_id))
+        match kind:
+            case KvOpKind.OFFLOAD:
+                group.book_host(job, host_need(group, job))
+                group.set_kv(job, KvState.OFFLOADING)
+                self.evicted[job] = PreemptMode.SWAP
+            case KvOpKind.UPLOAD:
+                group.set_kv(job, KvState.UPLOADING)
+            case KvOpKind.DROP_DEVICE:
+                # The worker frees the blocks before anything else of this plan.
+                group.set_kv(job, KvState.HOST if job.host_tokens else KvState.DROPPED)
+                kept = job.host_tokens > 0
+                self.evicted[job] = PreemptMode.SWAP if kept else PreemptMode.RECOMPUTE
+
+    def release_ended(self) -> None:
+        """Free what jobs that are over still hold, before anything else."""
+        group = self.group
+        for job_id, leftover in group.to_release.items():
+            op_id = group.release(job_id, leftover)
+            self.ops.append(KvOperation(op_id, KvOpKind.RELEASE, job_id))
+        group.to_release.clear()
+        for job in group.to_drop:
+            if job.live and job.op is None and job.kv is KvState.DEVICE:
+                self.operate(KvOpKind.DROP_DEVICE, job)
+        group.to_drop.clear()
+
+
+def host_need(group: Group, job: Job) -> int:
+    """Host blocks it may hold once it was offloaded; a part-filled block is stored anew first."""
+    partial = bool(job.host_tokens % group.info.block_size)
+    return max(group.blocks(job.bound()), group.blocks(job.host_tokens)) + partial

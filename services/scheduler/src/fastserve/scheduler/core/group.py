@@ -1,0 +1,236 @@
+"""What the scheduler knows of one worker group: its jobs, its memory, the plans it was sent."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastserve.scheduler.core.cost_model import CostModel
+from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.policies import Policy, policy_named
+from fastserve.scheduler.core.run_queue import RunQueue
+from fastserve.scheduler.core.types import (
+    JobState,
+    KvOpKind,
+    KvState,
+    PlanRow,
+    SchedulerConfig,
+    WorkerInfo,
+)
+
+_ON_DEVICE = frozenset({KvState.DEVICE, KvState.OFFLOADING, KvState.UPLOADING})
+# A newcomer counts so much in the average size of newcomers.
+_NEWCOMER_WEIGHT = 0.1
+
+
+@dataclass(slots=True)
+class SentPlan:
+    """A plan that may still run, and for how many iterations."""
+
+    plan_id: int
+    lease_left: int
+    rows: list[PlanRow]
+
+
+@dataclass(slots=True)
+class Leftover:
+    """What a job that is over still holds at the worker, in blocks."""
+
+    device: int
+    host: int
+    busy: bool = False  # another operation has to end first
+
+
+@dataclass(slots=True)
+class Operation:
+    """A KV operation under way. `job` None: a release, of `leftover`."""
+
+    kind: KvOpKind
+    job: Job | None
+    job_id: str
+    leftover: Leftover | None = None
+
+
+@dataclass(slots=True)
+class Group:
+    """State of one worker group. Blocks are booked before the worker can need them."""
+
+    info: WorkerInfo
+    config: SchedulerConfig
+    next_place: Callable[[], int]
+    cost: CostModel = field(init=False)
+    policy: Policy = field(init=False)
+    queue: RunQueue = field(init=False)
+    running: int = 0  # jobs with a row
+    waiting: OrderedDict[Job, None] = field(default_factory=OrderedDict)
+    #   those without a row that were not lifted for it, the longest waiting first
+    resident: dict[Job, None] = field(default_factory=dict)  # KV state DEVICE
+    device_used: int = 0
+    host_used: int = 0
+    plans: deque[SentPlan] = field(default_factory=deque)
+    plan_id: int = 0
+    iteration: int = 0
+    op_id: int = 0
+    ops: dict[int, Operation] = field(default_factory=dict)
+    to_release: dict[str, Leftover] = field(default_factory=dict)
+    to_drop: list[Job] = field(default_factory=list)
+    newcomer_blocks: float = 0.0  # average of those that were let in
+
+    def __post_init__(self) -> None:
+        info, config = self.info, self.config
+        self.cost = CostModel(info.prefill_sample, info.decode_sample)
+        self.policy = policy_named(config.policy)(
+            config,
+            self.cost,
+            rows=self.max_rows,
+            budget=self.max_tokens,
+            place=self.next_place,
+        )
+        self.queue = RunQueue(self.policy.key)
+
+    @property
+    def max_rows(self) -> int:
+        return min(self.info.max_num_seqs, self.config.max_num_seqs or self.info.max_num_seqs)
+
+    @property
+    def max_tokens(self) -> int:
+        most = self.info.max_num_batched_tokens
+        return min(most, self.config.max_num_batched_tokens or most)
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-tokens // self.info.block_size)
+
+    def fits(self, total_tokens: int) -> bool:
+        """Whether a job of so many tokens, output included, can ever run here."""
+        return (
+            total_tokens <= self.info.max_model_len
+            and self.blocks(total_tokens) <= self.info.device_blocks
+        )
+
+    # --- jobs --------------------------------------------------------------------------------
+
+    def add(self, job: Job) -> None:
+        """A waiting job that has its level and its place, and waits from now on."""
+        job.worker_id = self.info.worker_id
+        self.queue.add(job)
+        self.waiting[job] = None
+
+    def remove(self, job: Job) -> None:
+        """It is over, or goes elsewhere."""
+        self.queue.remove(job)
+        self.policy.leave(job)
+        self.running -= job.state is JobState.RUNNING
+        self.waiting.pop(job, None)
+        self.resident.pop(job, None)
+
+    def start(self, job: Job) -> None:
+        """It has a row from now on."""
+        job.state = JobState.RUNNING
+        self.running += 1
+        self.waiting.pop(job, None)
+        self.queue.update(job)
+
+    def stop(self, job: Job, now: float) -> None:
+        """It lost its row."""
+        job.state = JobState.PREEMPTED
+        job.preemptions += 1
+        job.wait_since = now
+        self.running -= 1
+        self.waiting[job] = None
+        self.queue.update(job)
+
+    # --- memory ------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """Device blocks that nobody booked."""
+        return self.info.device_blocks - self.device_used
+
+    @property
+    def host_free(self) -> int:
+        return self.info.host_blocks - self.host_used
+
+    def set_kv(self, job: Job, kv: KvState) -> None:
+        """Change where its KV is, and book accordingly."""
+        job.kv = kv
+        if kv is KvState.DEVICE:
+            self.resident[job] = None
+        else:
+            self.resident.pop(job, None)
+        self.book(job)
+
+    def book(self, job: Job, iterations: int = 0) -> None:
+        """Book what it may need under the plans that were sent and `iterations` more."""
+        blocks = self.need(job, iterations) if job.kv in _ON_DEVICE else 0
+        self.device_used += blocks - job.booked
+        job.booked = blocks
+
+    def need(self, job: Job, iterations: int) -> int:
+        """Device blocks it may need within so many iterations more, those it has included."""
+        tokens = job.bound(iterations)
+        if job.kv is KvState.UPLOADING or job.kv is KvState.HOST:
+            tokens = max(tokens, job.host_tokens)
+        return self.blocks(tokens)
+
+    def book_host(self, job: Job, blocks: int) -> None:
+        self.host_used += blocks - job.host_booked
+        job.host_booked = blocks
+
+    def note_newcomer(self, job: Job) -> None:
+        """Its KV cache begins to grow: remember how much that took at once."""
+        blocks = self.blocks(job.known_len)
+        if not self.newcomer_blocks:
+            self.newcomer_blocks = blocks
+        self.newcomer_blocks += _NEWCOMER_WEIGHT * (blocks - self.newcomer_blocks)
+
+    # --- plans -------------------------------------------------------------------------------
+
+    def operation(self, kind: KvOpKind, job: Job) -> int:
+        """Begin an operation on a job; returns its id."""
+        self.op_id += 1
+        job.op, job.named = kind, True
+        self.ops[self.op_id] = Operation(kind, job, job.job_id)
+        return self.op_id
+
+    def release(self, job_id: str, leftover: Leftover) -> int:
+        """Begin the release of a job that is over; returns the id of the operation."""
+        self.op_id += 1
+        self.ops[self.op_id] = Operation(KvOpKind.RELEASE, None, job_id, leftover)
+        if not leftover.busy:  # the worker frees the device at once
+            self.device_used -= leftover.device
+            leftover.device = 0
+        return self.op_id
+
+    def holds(self, job_id: str) -> bool:
+        """Whether something of an ended job with this id is still to be released."""
+        return job_id in self.to_release or any(
+            op.kind is KvOpKind.RELEASE and op.job_id == job_id for op in self.ops.values()
+        )
+
+    def send(self, lease: int, rows: list[PlanRow]) -> int:
+        """Note a plan that goes out; returns its id. Its rows are booked already."""
+        self.plan_id += 1
+        self.plans.append(SentPlan(self.plan_id, lease, rows))
+        for row in rows:
+            row.job.pending += lease
+            row.job.named = True
+        return self.plan_id
+
+    def reached(self, plan_id: int, iterations: int) -> None:
+        """The worker has this plan in force and ran so many iterations (0 or 1) more of it."""
+        while self.plans and self.plans[0].plan_id < plan_id:
+            self._unplan(self.plans.popleft())
+        if iterations and self.plans and self.plans[0].plan_id == plan_id:
+            plan = self.plans[0]
+            if plan.lease_left:
+                plan.lease_left -= 1
+                for row in plan.rows:
+                    row.job.pending -= 1
+
+    def _unplan(self, plan: SentPlan) -> None:
+        for row in plan.rows:
+            row.job.pending -= plan.lease_left
+            if row.job.live:
+                self.book(row.job)

@@ -1,0 +1,160 @@
+"""From the order of the jobs to the next plan of a worker group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from fastserve.scheduler.core import kv_planner
+from fastserve.scheduler.core.draft import Draft
+from fastserve.scheduler.core.group import Group
+from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.types import (
+    EventKind,
+    JobState,
+    KvOpKind,
+    KvState,
+    Plan,
+    PlanRow,
+    PreemptMode,
+    PreemptReason,
+)
+
+Tell = Callable[[Job, EventKind, float], None]
+
+
+def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> Plan | None:
+    """The next plan, booked and noted as sent; None if the worker may go on as it does.
+
+    Walks the jobs in the order of the policy and gives rows to those that fit, skipping those that
+    do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
+    """
+    _promote(group, now, tell, counters)
+    draft = Draft(group)
+    draft.release_ended()
+    order = iter(list(_first(group)))
+    _choose_rows(draft, order, now)
+    kv_planner.keep_reserve(draft)
+    kv_planner.bring_back(draft, order)
+    _stop_others(draft, now, tell, counters)
+    for row in draft.rows:
+        if row.job.state is not JobState.RUNNING:
+            group.start(row.job)
+            tell(row.job, EventKind.STARTED, now)
+    if not draft.ops and _goes_on(group, draft.rows):
+        return None
+    lease = group.config.lease
+    return Plan(group.send(lease, draft.rows), lease, draft.rows, draft.ops)
+
+
+def _first(group: Group) -> list[Job]:
+    """As much of the order as a plan can look at."""
+    most = group.max_rows + group.config.look_ahead + len(group.ops)
+    return [job for job, _ in zip(group.queue, range(most), strict=False)]
+
+
+def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> None:
+    while group.waiting:
+        job = next(iter(group.waiting))
+        if not group.policy.promote(job, now):
+            return
+        del group.waiting[job]  # it starves no more
+        group.queue.update(job)
+        counters["promotions"] += 1
+        tell(job, EventKind.PROMOTED, now)
+
+
+def _choose_rows(draft: Draft, order: Iterator[Job], now: float) -> None:
+    group = draft.group
+    tokens_left = group.max_tokens
+    partial_prefills = passed = 0
+    behind = len(group.queue)
+    for job in order:
+        behind -= 1
+        if job.op is not None:
+            continue
+        if not _has_room(draft, job, now):
+            passed += 1
+        else:
+            rows_left = group.max_rows - len(draft.rows) - 1
+            # One token for everyone behind: a prompt must not stop the decodes of others.
+            tokens = min(job.remaining, max(tokens_left - min(rows_left, behind), 1))
+            partial = tokens < job.remaining
+            if partial and partial_prefills == group.config.max_partial_prefills:
+                passed += 1
+                continue
+            partial_prefills += partial
+            tokens_left -= tokens
+            _give_row(draft, job, tokens)
+        if len(draft.rows) == group.max_rows or not tokens_left:
+            return
+        if passed > group.config.look_ahead:
+            return
+
+
+def _has_room(draft: Draft, job: Job, now: float) -> bool:
+    """Whether it can have a row now. If not, see that it can soon."""
+    group = draft.group
+    need = group.need(job, group.config.lease)
+    more = need - job.booked
+    if more > draft.spare and not kv_planner.make_room(draft, job, more):
+        if job.state is not JobState.QUEUED or _may_claim(group, job, now):
+            draft.set_aside += more
+        draft.starved.add(job)
+        return False
+    if job.kv is KvState.HOST:
+        draft.operate(KvOpKind.UPLOAD, job)
+        return False
+    return True
+
+
+def _may_claim(group: Group, job: Job, now: float) -> bool:
+    """Whether free blocks are kept for a newcomer that needs more of them than there are.
+
+    Where it can take them from worse jobs, that is short. Where it must wait for others to end,
+    smaller ones may pass it, but not for ever.
+    """
+    return group.policy.preemptive or now - job.wait_since >= group.config.starvation_s
+
+
+def _give_row(draft: Draft, job: Job, tokens: int) -> None:
+    group = draft.group
+    if job.kv is KvState.NONE:
+        group.note_newcomer(job)
+    if job.kv is not KvState.DEVICE:
+        job.kv = KvState.DEVICE
+        group.resident[job] = None
+    group.book(job, group.config.lease)
+    draft.rows.append(PlanRow(job, tokens))
+    draft.chosen.add(job)
+
+
+def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -> None:
+    """Jobs of the last plan that have no row any more are preempted."""
+    group = draft.group
+    if not group.plans:
+        return
+    for row in group.plans[-1].rows:
+        job = row.job
+        if job.state is not JobState.RUNNING or job in draft.chosen:
+            continue
+        mode = draft.evicted.get(job, PreemptMode.RESIDENT)
+        if job in draft.starved or mode is not PreemptMode.RESIDENT:
+            reason = PreemptReason.MEMORY
+        else:
+            reason = PreemptReason.QUANTUM if job.sunk else PreemptReason.PRIORITY
+        counters[f"preemptions.{reason}.{mode}"] += 1
+        group.stop(job, now)
+        tell(job, EventKind.PREEMPTED, now)
+    for row in draft.rows:
+        row.job.sunk = False
+
+
+def _goes_on(group: Group, rows: list[PlanRow]) -> bool:
+    """Whether the last plan does the same, for some iterations more."""
+    if not group.plans:
+        return not rows
+    last = group.plans[-1]
+    before = [(row.job, min(row.tokens, row.job.remaining)) for row in last.rows if row.job.live]
+    same = before == [(row.job, row.tokens) for row in rows]
+    return same and (not rows or last.lease_left > group.config.lease // 2)

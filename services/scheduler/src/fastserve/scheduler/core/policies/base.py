@@ -1,0 +1,61 @@
+"""What a policy is: an order of the jobs of one worker group, and how service changes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+from fastserve.scheduler.core.cost_model import CostModel
+from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.types import SchedulerConfig
+
+Key = tuple[float, ...]
+
+
+class Policy(ABC):
+    """Orders jobs by `key`, smallest first; keys of different jobs differ.
+
+    A key depends on the job alone (its level, its place, whether it has a row) and only changes in
+    the calls below or when the job starts or stops, so that the jobs can be kept sorted.
+    """
+
+    name: ClassVar[str]
+    preemptive: ClassVar[bool]  # a waiting job may take the row or the memory of a running one
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cost: CostModel,
+        *,
+        rows: int,
+        budget: int,
+        place: Callable[[], int],
+    ) -> None:
+        """`rows`, `budget`: most rows and tokens of an iteration. `place`: counts up."""
+        self.config, self.cost = config, cost
+        self.rows, self.budget = rows, budget
+        self.next_place = place
+
+    @abstractmethod
+    def key(self, job: Job) -> Key:
+        """Position in the order."""
+
+    @abstractmethod
+    def quanta(self) -> list[float]:
+        """Seconds of service per level; 0 for no limit."""
+
+    def join(self, job: Job) -> None:
+        """A new job: choose its level and its place."""
+        job.place = self.next_place()
+
+    def charge(self, job: Job, seconds: float) -> bool:
+        """The job had so much service. True if its level or its place changed."""
+        return False
+
+    def promote(self, job: Job, now: float) -> bool:
+        """Lift a waiting job that starves. Called for the longest waiting first, until False."""
+        return False
+
+    def leave(self, job: Job) -> None:  # noqa: B027  # most have nothing to do
+        """The job is over or goes to another group."""

@@ -1,0 +1,86 @@
+"""Multi-level feedback queues: naive, and with skip-join (FastServe paper, section 4).
+
+Level k has a quantum of q1 * ratio^k seconds, q1 being the measured time of a decode iteration. A
+job that used its quantum up goes to the back of a lower level. Where paper and artifact differ,
+this is what is done here:
+- q1 follows the measurement, it is not a constant;
+- a job sinks as many levels as its use calls for, and what it used beyond the quanta on the way
+  counts in the level where it lands;
+- it is charged for its own share of an iteration, and joins the back of the lower level;
+- waiting for longer than the starvation threshold lifts a job before level 0 with a fresh quantum,
+  but only a share of the rows at a time, so that overload does not turn into round robin.
+"""
+
+from __future__ import annotations
+
+from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.policies.base import Key, Policy
+from fastserve.scheduler.core.types import JobState
+
+_LIFTED = -1.0
+
+
+class Mlfq(Policy):
+    """Every job begins at the highest level."""
+
+    name = "mlfq"
+    preemptive = True
+    _lifted = 0  # jobs that are before level 0
+
+    def key(self, job: Job) -> Key:
+        level = _LIFTED if job.boosted else job.level
+        return (level, job.spec.priority, job.state is not JobState.RUNNING, job.place)
+
+    def quantum(self, level: int) -> float:
+        """Seconds of service in a level."""
+        return self.cost.decode_s * self.config.quantum_ratio**level
+
+    def quanta(self) -> list[float]:
+        return [self.quantum(level) for level in range(self.config.levels)]
+
+    def charge(self, job: Job, seconds: float) -> bool:
+        job.used += seconds
+        quantum = self.quantum(job.level)
+        if job.used < quantum:
+            return False
+        last = self.config.levels - 1
+        while job.used >= quantum:
+            job.used -= quantum
+            if job.level == last:
+                job.used = 0.0  # round robin
+                break
+            job.level += 1
+            quantum = self.quantum(job.level)
+        job.place = self.next_place()
+        self.leave(job)
+        return True
+
+    def promote(self, job: Job, now: float) -> bool:
+        if now - job.wait_since < self.config.starvation_s:
+            return False
+        if self._lifted >= max(1, int(self.rows * self.config.promotion_share)):
+            return False
+        self._lifted += 1
+        job.boosted, job.level, job.used = True, 0, 0.0
+        job.place = self.next_place()
+        return True
+
+    def leave(self, job: Job) -> None:
+        if job.boosted:
+            job.boosted = False
+            self._lifted -= 1
+
+
+class SkipJoinMlfq(Mlfq):
+    """A job begins at the first level whose quantum holds its prefill."""
+
+    name = "skip-join-mlfq"
+
+    def join(self, job: Job) -> None:
+        super().join(job)
+        prefill = self.cost.prefill(job.known_len, self.budget)
+        last = self.config.levels - 1
+        level = 0
+        while level < last and self.quantum(level) < prefill:
+            level += 1
+        job.level = level

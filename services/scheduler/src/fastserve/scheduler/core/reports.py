@@ -1,0 +1,191 @@
+"""What a report of a worker changes: tokens, service, KV operations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from fastserve.scheduler.core.errors import ProtocolError
+from fastserve.scheduler.core.group import Group
+from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.types import (
+    AcceptedToken,
+    CostSample,
+    EventKind,
+    Finished,
+    FinishReason,
+    KvOpKind,
+    KvState,
+    KvStatus,
+    OpDone,
+    Progress,
+    Report,
+)
+
+Tell = Callable[[Job, EventKind, float], None]
+End = Callable[[Job, FinishReason, float], None]
+
+
+class ReportReader:
+    """Applies reports of any group. `find` gives the live job of an id; `end` ends a job."""
+
+    def __init__(
+        self, find: Callable[[str], Job | None], end: End, tell: Tell, counters: Counter[str]
+    ) -> None:
+        self._find, self._end, self._tell, self._counters = find, end, tell, counters
+
+    def apply(self, group: Group, report: Report, now: float) -> Progress:
+        """Raises `ProtocolError` for what the worker cannot have seen."""
+        if report.plan_id > group.plan_id:
+            raise ProtocolError(f"report of plan {report.plan_id}, sent were {group.plan_id}")
+        if report.iteration and report.iteration != group.iteration + 1:
+            raise ProtocolError(f"iteration {report.iteration} after {group.iteration}")
+        group.iteration += bool(report.iteration)
+        group.reached(report.plan_id, bool(report.iteration))
+        progress = Progress([], [])
+        self._rows(group, report, now)
+        self._tokens(group, report, progress, now)
+        for job_id, message in report.failed:
+            self._finish(group, job_id, FinishReason.FAILED, message, progress, now)
+        for done in report.ops:
+            self._operation(group, done, now)
+        return progress
+
+    # --- rows and tokens ---------------------------------------------------------------------
+
+    def _rows(self, group: Group, report: Report, now: float) -> None:
+        if not report.rows:
+            return
+        total = sum(row.new_tokens for row in report.rows)
+        sample = CostSample(len(report.rows), total, report.context_tokens, report.seconds)
+        group.cost.observe(sample)
+        for row in report.rows:
+            job = self._of_group(group, row.job_id)
+            if job is None:
+                continue
+            again = min(row.computed, job.peak) - (row.computed - row.new_tokens)
+            if again > 0:
+                self._counters["tokens.recomputed"] += again
+            job.peak = max(job.peak, row.computed)
+            if job.op is not KvOpKind.DROP_DEVICE:  # else it is gone by now
+                job.computed = row.computed
+            seconds = _own_share(group, sample, row.new_tokens)
+            job.attained += seconds
+            level = job.level
+            if group.policy.charge(job, seconds):
+                job.sunk = True
+                group.queue.update(job)
+                if job.level != level:
+                    self._tell(job, EventKind.DEMOTED, now)
+
+    def _tokens(self, group: Group, report: Report, progress: Progress, now: float) -> None:
+        for position, sampled in enumerate(report.sampled):
+            job = self._of_group(group, sampled.job_id)
+            if job is None:
+                continue
+            if sampled.index > len(job.output):
+                text = f"the worker left out tokens {len(job.output)} to {sampled.index - 1}"
+                self._finish(group, job.job_id, FinishReason.FAILED, text, progress, now)
+                continue
+            if sampled.index == len(job.output):
+                job.output.append(sampled.token)
+                token = AcceptedToken(job.job_id, sampled.index, sampled.token, position)
+                progress.tokens.append(token)
+            reason = sampled.finish
+            if reason is None and job.known_len >= job.max_len:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                self._finish(group, job.job_id, reason, "", progress, now)
+        for row in report.rows:
+            job = self._of_group(group, row.job_id)
+            if job is not None:
+                group.book(job)
+
+    def _finish(
+        self,
+        group: Group,
+        job_id: str,
+        reason: FinishReason,
+        error: str,
+        progress: Progress,
+        now: float,
+    ) -> None:
+        job = self._of_group(group, job_id)
+        if job is not None:
+            self._end(job, reason, now)
+            progress.finished.append(Finished(job_id, reason, error))
+
+    def _of_group(self, group: Group, job_id: str) -> Job | None:
+        job = self._find(job_id)
+        return job if job is not None and job.worker_id == group.info.worker_id else None
+
+    # --- KV operations -----------------------------------------------------------------------
+
+    def _operation(self, group: Group, done: OpDone, now: float) -> None:
+        op = group.ops.pop(done.op_id, None)
+        if op is None:
+            raise ProtocolError(f"KV operation {done.op_id} was never sent, or ended twice")
+        if op.leftover is not None:
+            group.device_used -= op.leftover.device
+            group.host_used -= op.leftover.host
+            return
+        job = op.job
+        assert job is not None
+        if not job.live:
+            leftover = group.to_release.get(op.job_id)
+            if leftover is not None:
+                leftover.busy = False
+            return
+        job.op = None
+        match op.kind:
+            case KvOpKind.OFFLOAD:
+                self._offloaded(group, job, done, now)
+            case KvOpKind.UPLOAD:
+                self._uploaded(group, job, done, now)
+            case KvOpKind.DROP_DEVICE:
+                job.computed = 0
+                if job.kv is KvState.DROPPED:
+                    self._tell(job, EventKind.DROPPED, now)
+            case KvOpKind.DROP_HOST:
+                job.host_tokens = 0
+                group.book_host(job, 0)
+
+    def _offloaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
+        if done.status is not KvStatus.OK:
+            # The host is fuller than was counted, or gone: what it may hold decides at the upload.
+            group.set_kv(job, KvState.DEVICE)
+            group.book_host(job, group.blocks(job.host_tokens))
+            group.to_drop.append(job)
+            return
+        self._count(KvOpKind.OFFLOAD, max(0, done.tokens - job.host_tokens), done)
+        job.host_tokens, job.computed = done.tokens, 0
+        group.book_host(job, group.blocks(done.tokens))
+        group.set_kv(job, KvState.HOST if done.tokens else KvState.DROPPED)
+        self._tell(job, EventKind.OFFLOADED, now)
+
+    def _uploaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
+        if done.status is KvStatus.OK:
+            self._count(KvOpKind.UPLOAD, done.tokens, done)
+            job.computed = done.tokens
+            group.set_kv(job, KvState.DEVICE)
+            self._tell(job, EventKind.UPLOADED, now)
+        elif done.status is KvStatus.LOST:
+            job.host_tokens = 0
+            group.book_host(job, 0)
+            group.set_kv(job, KvState.DROPPED)
+            self._tell(job, EventKind.DROPPED, now)
+        else:
+            group.set_kv(job, KvState.HOST)
+
+    def _count(self, kind: KvOpKind, tokens: int, done: OpDone) -> None:
+        self._counters[f"tokens.{kind}"] += tokens
+        self._counters[f"bytes.{kind}"] += done.bytes
+
+
+def _own_share(group: Group, sample: CostSample, new_tokens: int) -> float:
+    """Seconds that a row is charged for: as if every other row had decoded."""
+    if sample.new_tokens == sample.rows:
+        return sample.seconds
+    whole = group.cost.iteration(sample.new_tokens, sample.context_tokens)
+    own = group.cost.iteration(sample.rows - 1 + new_tokens, sample.context_tokens)
+    return sample.seconds * min(1.0, own / whole) if whole > 0 else sample.seconds
