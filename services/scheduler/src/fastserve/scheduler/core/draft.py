@@ -13,8 +13,10 @@ from fastserve.scheduler.core.types import KvOperation, KvOpKind, KvState, PlanR
 class Draft:
     """Rows and operations of the next plan of a group.
 
-    set_aside: free device blocks that wait for better jobs which do not fit yet. Whoever comes
-    later in the order must leave them alone.
+    set_aside: free device blocks that wait, with others that are about to become free, for jobs
+    that do not fit yet. Whoever comes later in the order must leave them alone.
+    kept: likewise, but the others only become free when jobs end. Jobs that are on the device may
+    use them to go on, or nothing would ever end; nobody else may.
     """
 
     group: Group
@@ -22,13 +24,17 @@ class Draft:
     chosen: set[Job] = field(default_factory=set)  # those of `rows`
     ops: list[KvOperation] = field(default_factory=list)
     set_aside: int = 0
+    kept: int = 0
     starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
     evicted: dict[Job, PreemptMode] = field(default_factory=dict)
 
-    @property
-    def spare(self) -> int:
-        """Device blocks for whoever comes next in the order; negative: promised already."""
-        return self.group.free - self.set_aside
+    def spare(self, *, resident: bool = False) -> int:
+        """Device blocks for whoever comes next in the order.
+
+        resident: for a job that is on the device already.
+        """
+        kept = 0 if resident else self.kept
+        return max(0, self.group.free - self.set_aside - kept)
 
     @property
     def leaving(self) -> int:

@@ -75,6 +75,8 @@ class Group:
     ops: dict[int, Operation] = field(default_factory=dict)
     to_release: dict[str, Leftover] = field(default_factory=dict)
     to_drop: list[Job] = field(default_factory=list)
+    host_reopens: float = 0.0  # when a host that refused blocks is tried again
+    host_closed: bool = False
     newcomer_blocks: float = 0.0  # average of those that were let in
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ class Group:
 
     @property
     def host_free(self) -> int:
-        return self.info.host_blocks - self.host_used
+        return 0 if self.host_closed else self.info.host_blocks - self.host_used
 
     def set_kv(self, job: Job, kv: KvState) -> None:
         """Change where its KV is, and book accordingly."""

@@ -17,6 +17,7 @@ class Job:
         "booked",
         "boosted",
         "computed",
+        "drops",
         "host_booked",
         "host_tokens",
         "key",
@@ -64,6 +65,7 @@ class Job:
         self.kv = KvState.NONE
         self.computed = 0  # tokens in device KV, as last reported
         self.host_tokens = 0  # committed tokens on the host
+        self.drops = 0  # times it lost its KV cache to make room
         self.peak = 0  # most tokens that were ever computed
         self.op: KvOpKind | None = None  # the KV operation under way: one at a time
         self.pending = 0  # iterations it may still run under plans that were sent

@@ -7,6 +7,10 @@ leave first, the first come back first. Three occasions:
   next newcomer finds room;
 - ahead of need, many blocks are free: jobs on the host that are next in the order come back.
 The last wants twice the reserve to be left, so that no job goes to and fro.
+
+With no room on the host either, a job that leaves loses what was computed. Jobs that take turns in
+that would never end, so a job loses it only a few times for younger ones, and the oldest never
+loses it again.
 """
 
 from __future__ import annotations
@@ -19,37 +23,50 @@ from fastserve.scheduler.core.types import JobState, KvOpKind, KvState
 
 # More of the device than this is never kept idle.
 _LARGEST_RESERVE = 0.25
+# So often a job may lose its KV cache for a younger one.
+_MOST_DROPS = 2
 
 
-def make_room(draft: Draft, job: Job, need: int) -> bool:
-    """Let worse jobs leave until `need` blocks are or will be free. True if they are free now."""
-    coming = draft.spare + draft.leaving
+def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
+    """Let worse jobs leave until `need` blocks are or will be free; returns how many that are.
+
+    Jobs that come earlier in the order but did not fit either leave for an older one that starves:
+    else each could hold what the other needs.
+    """
+    coming = draft.spare(resident=job.booked > 0) + draft.leaving
     any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
-    for victim in _victims(draft):
-        if coming >= need or victim.key <= job.key:
+    worse = [
+        victim
+        for victim in _victims(draft)
+        if victim.key > job.key or (starving and victim.seq > job.seq)
+    ]
+    for victim in worse:
+        if coming >= need:
             break
         booked = victim.booked
-        if (any_victim or victim.state is not JobState.RUNNING) and _evict(
-            draft, victim, forced=True
-        ):
+        allowed = any_victim or victim.state is not JobState.RUNNING
+        if allowed and _evict(draft, victim, worse, gainer=job):
             coming += booked
-    return draft.spare >= need
+    return coming
 
 
 def keep_reserve(draft: Draft) -> None:
     """Let jobs without a row leave until the reserve is or will be free."""
     reserve = _reserve(draft)
-    missing = min(reserve, reserve - draft.spare - draft.leaving)
+    missing = min(reserve, reserve - draft.spare() - draft.leaving)
     if missing <= 0:
         return
-    for victim in _victims(draft):
-        if victim.state is JobState.RUNNING or victim in draft.starved:
-            continue
+    idle = [
+        job
+        for job in _victims(draft)
+        if job.state is not JobState.RUNNING and job not in draft.starved
+    ]
+    for victim in idle:
         booked = victim.booked
-        if _evict(draft, victim, forced=False):
+        if missing <= 0:
+            break
+        if _evict(draft, victim, idle, gainer=None):
             missing -= booked
-            if missing <= 0:
-                break
 
 
 def bring_back(draft: Draft, next_jobs: Iterable[Job]) -> None:
@@ -58,7 +75,7 @@ def bring_back(draft: Draft, next_jobs: Iterable[Job]) -> None:
     left = 2 * _reserve(draft)
     for job in next_jobs:
         if job.kv is KvState.HOST and job.op is None:
-            if draft.spare - group.need(job, group.config.lease) < left:
+            if draft.spare() - group.need(job, group.config.lease) < left:
                 break
             draft.operate(KvOpKind.UPLOAD, job)
 
@@ -78,12 +95,14 @@ def _victims(draft: Draft) -> list[Job]:
     return idle
 
 
-def _evict(draft: Draft, victim: Job, *, forced: bool) -> bool:
-    """Take the device blocks of a job away. False: not now, or not without losing its KV.
+def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) -> bool:
+    """Take the device blocks of a job away. False: not now, or not at the price of its KV.
 
-    `forced`: rather lose it than keep a better job waiting.
+    `others`: whose host copies may go for it. `gainer`: the job that waits for the blocks.
     """
     group = draft.group
+    if victim.op is not None:
+        return False
     if victim.host_tokens >= victim.computed and not victim.pending:
         draft.operate(KvOpKind.DROP_DEVICE, victim)  # the host copy is complete
         return True
@@ -91,21 +110,23 @@ def _evict(draft: Draft, victim: Job, *, forced: bool) -> bool:
     if missing <= 0:
         draft.operate(KvOpKind.OFFLOAD, victim)
         return True
-    if _drop_copies(draft, victim, missing):
+    if gainer is None or _drop_copies(draft, victim, others, missing):
         return False  # there will be room on the host soon
-    if forced:
+    if victim.drops < _MOST_DROPS or gainer.seq < victim.seq:
+        victim.drops += 1
         draft.operate(KvOpKind.DROP_DEVICE, victim)
-    return forced
+        return True
+    return False
 
 
-def _drop_copies(draft: Draft, victim: Job, missing: int) -> bool:
+def _drop_copies(draft: Draft, victim: Job, others: list[Job], missing: int) -> bool:
     """Free host blocks that only double what is on the device. True if enough will be free."""
     group = draft.group
-    if group.info.host_blocks == 0:
+    if group.host_free <= 0 and group.host_used == 0:
         return False
     under_way = [op.job for op in group.ops.values() if op.kind is KvOpKind.DROP_HOST and op.job]
     missing -= sum(job.host_booked for job in under_way)
-    doubled = [job for job in _victims(draft) if job.host_booked and job is not victim]
+    doubled = [job for job in others if job.host_booked and job.op is None and job is not victim]
     if missing > sum(job.host_booked for job in doubled):
         return False
     for job in doubled:

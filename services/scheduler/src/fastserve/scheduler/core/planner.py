@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from fastserve.scheduler.core import kv_planner
 from fastserve.scheduler.core.draft import Draft
@@ -30,9 +30,10 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
     _promote(group, now, tell, counters)
+    group.host_closed = now < group.host_reopens
     draft = Draft(group)
     draft.release_ended()
-    order = iter(list(_first(group)))
+    order = _first(group)
     _choose_rows(draft, order, now)
     kv_planner.keep_reserve(draft)
     kv_planner.bring_back(draft, order)
@@ -48,9 +49,12 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
 
 
 def _first(group: Group) -> list[Job]:
-    """As much of the order as a plan can look at."""
+    """As much of the order as a plan looks at: its head, and whoever can run without moving."""
     most = group.max_rows + group.config.look_ahead + len(group.ops)
-    return [job for job, _ in zip(group.queue, range(most), strict=False)]
+    head = [job for job, _ in zip(group.queue, range(most), strict=False)]
+    seen = set(head)
+    rest = [job for job in group.resident if job not in seen]
+    return head + sorted(rest, key=lambda job: job.key)
 
 
 def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> None:
@@ -64,14 +68,14 @@ def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> No
         tell(job, EventKind.PROMOTED, now)
 
 
-def _choose_rows(draft: Draft, order: Iterator[Job], now: float) -> None:
+def _choose_rows(draft: Draft, order: list[Job], now: float) -> None:
     group = draft.group
     tokens_left = group.max_tokens
     partial_prefills = passed = 0
     behind = len(group.queue)
     for job in order:
         behind -= 1
-        if job.op is not None:
+        if job.op is not None or (passed > group.config.look_ahead and not job.booked):
             continue
         if not _has_room(draft, job, now):
             passed += 1
@@ -88,33 +92,28 @@ def _choose_rows(draft: Draft, order: Iterator[Job], now: float) -> None:
             _give_row(draft, job, tokens)
         if len(draft.rows) == group.max_rows or not tokens_left:
             return
-        if passed > group.config.look_ahead:
-            return
 
 
 def _has_room(draft: Draft, job: Job, now: float) -> bool:
     """Whether it can have a row now. If not, see that it can soon."""
     group = draft.group
-    need = group.need(job, group.config.lease)
-    more = need - job.booked
-    if more > draft.spare and not kv_planner.make_room(draft, job, more):
-        if job.state is not JobState.QUEUED or _may_claim(group, job, now):
-            draft.set_aside += more
-        draft.starved.add(job)
-        return False
+    resident = job.booked > 0
+    more = group.need(job, group.config.lease) - job.booked
+    if more > draft.spare(resident=resident):
+        starving = now - job.wait_since >= group.config.starvation_s
+        coming = kv_planner.make_room(draft, job, more, starving=starving)
+        if more > draft.spare(resident=resident):
+            # Smaller ones may pass it if it has to wait for others to end, but not for ever.
+            if coming >= more:
+                draft.set_aside += more
+            elif starving:
+                draft.kept += more
+            draft.starved.add(job)
+            return False
     if job.kv is KvState.HOST:
         draft.operate(KvOpKind.UPLOAD, job)
         return False
     return True
-
-
-def _may_claim(group: Group, job: Job, now: float) -> bool:
-    """Whether free blocks are kept for a newcomer that needs more of them than there are.
-
-    Where it can take them from worse jobs, that is short. Where it must wait for others to end,
-    smaller ones may pass it, but not for ever.
-    """
-    return group.policy.preemptive or now - job.wait_since >= group.config.starvation_s
 
 
 def _give_row(draft: Draft, job: Job, tokens: int) -> None:

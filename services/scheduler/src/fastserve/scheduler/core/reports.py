@@ -22,6 +22,9 @@ from fastserve.scheduler.core.types import (
     Report,
 )
 
+# A host that refused blocks which were counted as free is left alone for so long.
+_HOST_PAUSE_S = 1.0
+
 Tell = Callable[[Job, EventKind, float], None]
 End = Callable[[Job, FinishReason, float], None]
 
@@ -152,10 +155,10 @@ class ReportReader:
 
     def _offloaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
         if done.status is not KvStatus.OK:
-            # The host is fuller than was counted, or gone: what it may hold decides at the upload.
+            # The host is fuller than was counted, or gone.
             group.set_kv(job, KvState.DEVICE)
             group.book_host(job, group.blocks(job.host_tokens))
-            group.to_drop.append(job)
+            group.host_reopens = now + _HOST_PAUSE_S
             return
         self._count(KvOpKind.OFFLOAD, max(0, done.tokens - job.host_tokens), done)
         job.host_tokens, job.computed = done.tokens, 0

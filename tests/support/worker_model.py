@@ -1,0 +1,283 @@
+"""A worker group as the core sees it, without I/O: does what plans say, counts its own blocks.
+
+Tokens are a hash of job and position, so that a lost, repeated or swapped one shows. What a
+scheduler must never ask for raises AssertionError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastserve.scheduler.core import (
+    CostSample,
+    FinishReason,
+    Inventory,
+    Job,
+    KvOperation,
+    KvOpKind,
+    KvStatus,
+    OpDone,
+    Plan,
+    Report,
+    RowResult,
+    SampledToken,
+    WorkerInfo,
+)
+
+
+def token_of(job_id: str, index: int) -> int:
+    """The token of a job at an output position."""
+    return int.from_bytes(hashlib.blake2b(f"{job_id}/{index}".encode(), digest_size=2).digest())
+
+
+def worker_info(worker_id: str = "w", **changes: int) -> WorkerInfo:
+    values = {
+        "block_size": 4,
+        "device_blocks": 16,
+        "host_blocks": 64,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "max_model_len": 64,
+        **changes,
+    }
+    return WorkerInfo(
+        worker_id=worker_id,
+        prefill_sample=CostSample(1, 16, 16, 0.030),
+        decode_sample=CostSample(1, 1, 16, 0.010),
+        **values,
+    )
+
+
+@dataclass
+class Held:
+    """What the worker knows of a job."""
+
+    job_id: str
+    known: int  # tokens it was told or sampled
+    prompt_len: int
+    max_len: int
+    length: int  # tokens, prompt included, after which it ends by itself
+    computed: int = 0
+    host: int = 0
+    device_blocks: int = 0
+    host_blocks: int = 0
+    finished: bool = False
+    ops: deque[KvOperation] = field(default_factory=deque)
+    copying: bool = False
+
+
+class WorkerModel:
+    """Runs plans one iteration at a time; copies last until `finish_copies`."""
+
+    def __init__(
+        self, info: WorkerInfo, lengths: dict[str, int], find: Callable[[str], Job | None]
+    ) -> None:
+        """lengths: job id -> output tokens after which it stops by itself. find: a live job."""
+        self.info = info
+        self.lengths = lengths
+        self.find = find
+        self.named: set[str] = set()  # on this stream
+        self.held: dict[str, Held] = {}
+        self.inbox: deque[tuple[Plan, list[Held]]] = deque()
+        self.plan: Plan | None = None
+        self.lease = 0
+        self.iteration = 0
+        self.done: list[OpDone] = []
+        self.clock = 0.0  # seconds that iterations took
+        self.host_loses = False  # the sidecar died: uploads report LOST
+
+    # --- memory ------------------------------------------------------------------------------
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self.info.block_size)
+
+    @property
+    def free_device(self) -> int:
+        return self.info.device_blocks - sum(job.device_blocks for job in self.held.values())
+
+    @property
+    def free_host(self) -> int:
+        return self.info.host_blocks - sum(job.host_blocks for job in self.held.values())
+
+    # --- plans -------------------------------------------------------------------------------
+
+    def receive(self, plan: Plan) -> None:
+        """A plan arrives; jobs that this stream has not named yet come whole, as they are now."""
+        new = []
+        for job_id in [*(row.job.job_id for row in plan.rows), *(op.job_id for op in plan.ops)]:
+            job = self.find(job_id)
+            if job_id not in self.named and job is not None:
+                self.named.add(job_id)
+                length = job.prompt_len + min(self.lengths[job_id], job.spec.max_tokens)
+                new.append(Held(job_id, job.known_len, job.prompt_len, job.max_len, length))
+        self.inbox.append((plan, new))
+
+    def apply_all(self) -> None:
+        """What happens at an iteration boundary."""
+        while self.inbox:
+            self._apply(*self.inbox.popleft())
+
+    def _apply(self, plan: Plan, new: list[Held]) -> None:
+        assert self.plan is None or plan.plan_id > self.plan.plan_id
+        self.plan, self.lease = plan, plan.lease
+        named = [row.job.job_id for row in plan.rows]
+        assert len(named) == len(set(named)), "a job twice in an iteration"
+        assert len(named) <= self.info.max_num_seqs, "too many rows"
+        for job in new:
+            self._meet(job)
+        for op in plan.ops:
+            target = self.held.get(op.job_id)
+            assert target is not None, "an operation on an unknown job"
+            target.ops.append(op)
+            self._start(target)
+        for row in plan.rows:
+            held = self.held[row.job.job_id]
+            assert row.tokens > 0
+            assert not held.ops, "a row for a job whose KV is moving"
+            assert held.computed or not held.host or held.finished, "a row without an upload"
+
+    def _meet(self, new: Held) -> None:
+        held = self.held.setdefault(new.job_id, new)
+        held.known, held.finished = new.known, False
+        if held.device_blocks:
+            held.computed = min(held.computed, held.known - 1)
+            held.device_blocks = self._blocks(held.computed)
+
+    def _start(self, job: Held) -> None:
+        while job.ops and not job.copying:
+            op = job.ops[0]
+            if op.kind is KvOpKind.OFFLOAD and job.host < job.computed:
+                more = self._blocks(job.computed) - job.host_blocks
+                if more > self.free_host:
+                    self._end(job, KvStatus.NO_HOST_SPACE)
+                    continue
+                job.host_blocks += max(0, more)
+                job.copying = True
+            elif op.kind is KvOpKind.UPLOAD and not self.host_loses and job.host:
+                blocks = self._blocks(job.host)
+                assert blocks <= self.free_device, "an upload without room"
+                assert not job.device_blocks
+                job.device_blocks = blocks
+                job.copying = True
+            elif op.kind in (KvOpKind.DROP_HOST, KvOpKind.RELEASE):
+                if op.kind is KvOpKind.RELEASE:
+                    job.computed = job.device_blocks = 0
+                job.copying = True
+            else:
+                self._finish(job)
+
+    def _finish(self, job: Held) -> None:
+        """End the operation at the head."""
+        op = job.ops[0]
+        if op.kind is KvOpKind.OFFLOAD:
+            job.host = max(job.host, job.computed)
+            job.computed = job.device_blocks = 0
+            self._end(job, KvStatus.OK, job.host)
+        elif op.kind is KvOpKind.UPLOAD:
+            if self.host_loses or not job.host:
+                job.host = job.host_blocks = 0
+                self._end(job, KvStatus.LOST)
+            else:
+                job.computed = min(job.host, job.known - 1)
+                job.device_blocks = self._blocks(job.computed)
+                self._end(job, KvStatus.OK, job.computed)
+        elif op.kind is KvOpKind.DROP_DEVICE:
+            job.computed = job.device_blocks = 0
+            self._end(job, KvStatus.OK)
+        else:
+            job.host = job.host_blocks = 0
+            self._end(job, KvStatus.OK)
+            if op.kind is KvOpKind.RELEASE:
+                del self.held[job.job_id]
+
+    def _end(self, job: Held, status: KvStatus, tokens: int = 0) -> None:
+        self.done.append(OpDone(job.ops.popleft().op_id, status, tokens, tokens * 10))
+
+    def finish_copies(self) -> None:
+        """Every copy that is under way ends, and those queued behind it begin."""
+        for job in [job for job in self.held.values() if job.copying]:
+            job.copying = False
+            self._finish(job)
+            self._start(job)
+
+    # --- iterations --------------------------------------------------------------------------
+
+    def step(self, seconds: float = 0.010) -> Report | None:
+        """One boundary and one iteration, if there is anything to do or to tell."""
+        self.apply_all()
+        rows: list[RowResult] = []
+        sampled: list[SampledToken] = []
+        context = total = 0
+        ran = False
+        if self.plan is not None and self.lease and self._live_rows():
+            ran = True
+            self.lease -= 1
+            self.iteration += 1
+            for job, most in self._live_rows():
+                count = min(most, job.known - job.computed)
+                total += count
+                blocks = self._blocks(job.computed + count)
+                assert blocks - job.device_blocks <= self.free_device, "no block for a row"
+                job.device_blocks = max(blocks, job.device_blocks)
+                job.computed += count
+                context += job.computed
+                rows.append(RowResult(job.job_id, count, job.computed))
+                if job.computed == job.known:
+                    sampled.append(self._sample(job))
+            assert total <= self.info.max_num_batched_tokens, "too many tokens in an iteration"
+            self.clock += seconds
+        done, self.done = self.done, []
+        if not ran and not done:
+            return None
+        return Report(
+            plan_id=self.plan.plan_id if self.plan else 0,
+            iteration=self.iteration if ran else 0,
+            rows=rows,
+            sampled=sampled,
+            ops=done,
+            free_device_blocks=self.free_device,
+            free_host_blocks=self.free_host,
+            seconds=seconds,
+            context_tokens=context,
+        )
+
+    def _live_rows(self) -> list[tuple[Held, int]]:
+        assert self.plan is not None
+        rows = [(self.held.get(row.job.job_id), row.tokens) for row in self.plan.rows]
+        return [(job, most) for job, most in rows if job is not None and not job.finished]
+
+    def _sample(self, job: Held) -> SampledToken:
+        index = job.known - job.prompt_len
+        job.known += 1
+        job.finished = job.known >= job.length
+        reason = None
+        if job.finished:
+            cut = job.known >= job.max_len
+            reason = FinishReason.LENGTH if cut else FinishReason.STOP
+        return SampledToken(job.job_id, index, token_of(job.job_id, index), reason)
+
+    # --- streams -----------------------------------------------------------------------------
+
+    def reconnect(self, *, died: bool, host_lost: bool = False) -> Inventory:
+        """The stream breaks, or the process dies, which loses the device; a new one opens."""
+        while any(job.copying for job in self.held.values()):
+            self.finish_copies()
+        for job in list(self.held.values()):
+            job.ops.clear()
+            if died:
+                job.computed = job.device_blocks = 0
+            if host_lost:
+                job.host = job.host_blocks = 0
+            if not job.computed and not job.host:
+                del self.held[job.job_id]
+        self.named.clear()
+        self.inbox.clear()
+        self.done.clear()
+        self.plan, self.lease, self.iteration = None, 0, 0
+        return Inventory(
+            {job.job_id: job.computed for job in self.held.values() if job.computed},
+            {job.job_id: job.host for job in self.held.values() if job.host},
+        )

@@ -1,0 +1,256 @@
+"""Whatever happens, in whatever order: no job lost or run twice, no block counted twice, budgets
+kept, tokens exactly once, and every job finishes."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fastserve.scheduler.core import (
+    FinishReason,
+    Inventory,
+    JobSpec,
+    JobState,
+    Progress,
+    RejectReason,
+    Scheduler,
+    SchedulerConfig,
+    WorkerInfo,
+)
+from support.worker_model import WorkerModel, token_of, worker_info
+
+MAX_LEN = 64
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """One scheduler, one or two workers, everything that can happen to them."""
+
+    @initialize(
+        policy=st.sampled_from(["skip-join-mlfq", "mlfq", "fcfs"]),
+        lease=st.integers(1, 5),
+        partial=st.integers(1, 3),
+        look_ahead=st.integers(1, 8),
+        device_blocks=st.integers(16, 24),
+        host_blocks=st.integers(0, 24),
+        rows=st.integers(1, 5),
+        budget=st.integers(1, 20),
+    )
+    def start(
+        self,
+        policy: str,
+        lease: int,
+        partial: int,
+        look_ahead: int,
+        device_blocks: int,
+        host_blocks: int,
+        rows: int,
+        budget: int,
+    ) -> None:
+        self.now = 0.0
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                policy=policy,
+                lease=lease,
+                max_partial_prefills=partial,
+                look_ahead=look_ahead,
+                max_queued_jobs=12,
+                starvation_s=0.5,
+                levels=4,
+            )
+        )
+        self.infos = {
+            name: worker_info(
+                name,
+                device_blocks=device_blocks,
+                host_blocks=host_blocks,
+                max_num_seqs=rows,
+                max_num_batched_tokens=budget,
+                max_model_len=MAX_LEN,
+            )
+            for name in ("w0", "w1")
+        }
+        self.lengths: dict[str, int] = {}
+        self.workers: dict[str, WorkerModel] = {}
+        self.away: dict[str, tuple[WorkerModel, Inventory]] = {}
+        self.output: dict[str, list[int]] = {}
+        self.ended: dict[str, FinishReason] = {}
+        self.count = 0
+        self._connect(self.infos["w0"])
+
+    def _connect(self, info: WorkerInfo) -> None:
+        model = WorkerModel(info, self.lengths, self.scheduler.job)
+        self.workers[info.worker_id] = model
+        self.scheduler.add_worker(info, Inventory(), self.now)
+
+    def _absorb(self, progress: Progress) -> None:
+        for token in progress.tokens:
+            output = self.output[token.job_id]
+            assert token.job_id not in self.ended
+            assert token.index == len(output), "a token lost or repeated"
+            assert token.token == token_of(token.job_id, token.index), "a token of another job"
+            output.append(token.token)
+        for finished in progress.finished:
+            assert finished.job_id not in self.ended, "ended twice"
+            self.ended[finished.job_id] = finished.reason
+
+    def _plan(self, name: str) -> None:
+        plan = self.scheduler.plan(name, self.now)
+        if plan is not None:
+            assert len({op.op_id for op in plan.ops}) == len(plan.ops)
+            for row in plan.rows:
+                assert row.job.worker_id == name, "a job at two workers"
+            self.workers[name].receive(plan)
+
+    def _step(self, name: str) -> bool:
+        """One iteration; False if there was nothing to do."""
+        report = self.workers[name].step()
+        self.now += 0.010
+        if report is None:
+            return False
+        self._absorb(self.scheduler.on_report(name, report, self.now))
+        return True
+
+    @rule(
+        prompt=st.integers(1, 40),
+        max_tokens=st.integers(1, 24),
+        length=st.integers(1, 30),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
+        deadline=st.sampled_from([None, None, None, 0.3]),
+    )
+    def submit(
+        self, prompt: int, max_tokens: int, length: int, priority: int, deadline: float | None
+    ) -> None:
+        self.count += 1
+        job_id = f"j{self.count}"
+        self.lengths[job_id] = length
+        spec = JobSpec(
+            job_id,
+            tuple(range(prompt)),
+            max_tokens,
+            self.now,
+            priority=priority,
+            deadline=None if deadline is None else self.now + deadline,
+        )
+        rejection = self.scheduler.submit(spec, self.now)
+        if rejection is None:
+            self.output[job_id] = []
+        elif rejection.reason is RejectReason.QUEUE_FULL:
+            waiting = sum(j.state is not JobState.RUNNING for j in self.scheduler.jobs())
+            assert waiting >= 12 and rejection.retry_after_s >= 1
+        else:
+            assert rejection.reason is RejectReason.NO_WORKER and not self.workers
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), iterations=st.integers(1, 6), plans=st.booleans())
+    def iterate(self, data: st.DataObject, iterations: int, plans: bool) -> None:
+        """Iterations run, with or without hearing from the scheduler in between."""
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        self._plan(name)
+        for _ in range(iterations):
+            self._step(name)
+            if plans:
+                self._plan(name)
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def replan(self, data: st.DataObject) -> None:
+        """A plan that the worker gets while it is busy."""
+        self._plan(data.draw(st.sampled_from(sorted(self.workers))))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def copies_end(self, data: st.DataObject) -> None:
+        model = self.workers[data.draw(st.sampled_from(sorted(self.workers)))]
+        model.finish_copies()
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if not self.output:
+            return
+        job_id = data.draw(st.sampled_from(sorted(self.output)))
+        if self.scheduler.cancel(job_id, self.now):
+            assert job_id not in self.ended
+            self.ended[job_id] = FinishReason.CANCELLED
+        else:
+            assert job_id in self.ended
+
+    @rule(seconds=st.sampled_from([0.05, 0.6]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for finished in self.scheduler.expire(self.now):
+            assert finished.job_id not in self.ended
+            self.ended[finished.job_id] = finished.reason
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), died=st.booleans(), host_lost=st.booleans())
+    def lose_worker(self, data: st.DataObject, died: bool, host_lost: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        model = self.workers.pop(name)
+        self.scheduler.remove_worker(name, self.now)
+        self.away[name] = (model, model.reconnect(died=died, host_lost=host_lost))
+
+    @rule(data=st.data())
+    def worker_comes(self, data: st.DataObject) -> None:
+        absent = sorted(set(self.infos) - set(self.workers))
+        if not absent:
+            return
+        name = data.draw(st.sampled_from(absent))
+        if name in self.away:
+            model, inventory = self.away.pop(name)
+            self.workers[name] = model
+            self.scheduler.add_worker(self.infos[name], inventory, self.now)
+        else:
+            self._connect(self.infos[name])
+
+    @invariant()
+    def counts_agree(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_integrity()
+        live = {job.job_id for job in self.scheduler.jobs()}
+        assert live == set(self.output) - set(self.ended), "a job was lost"
+        assert len(list(self.scheduler.level_depths())) == len(self.scheduler.level_quanta())
+        self.scheduler.drain_events()
+
+    def teardown(self) -> None:
+        """Left alone with a worker, everything ends, and nothing stays behind."""
+        if not hasattr(self, "scheduler"):
+            return
+        for name in sorted(self.infos):
+            if name in self.away and not self.workers:
+                model, inventory = self.away.pop(name)
+                self.workers[name] = model
+                self.scheduler.add_worker(self.infos[name], inventory, self.now)
+        for _ in range(4000):
+            busy = False
+            for name, model in self.workers.items():
+                self._plan(name)
+                model.apply_all()
+                model.finish_copies()
+                busy |= self._step(name)
+            self.counts_agree()
+            if not busy and not list(self.scheduler.jobs()):
+                break  # the last releases have ended, too
+        assert not list(self.scheduler.jobs()), "jobs that never end"
+        for job_id, reason in self.ended.items():
+            if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert self.output[job_id] == [
+                    token_of(job_id, index) for index in range(len(self.output[job_id]))
+                ]
+                assert self.output[job_id], "ended without a token"
+        for model in self.workers.values():
+            assert not model.held, "something stays behind at the worker"
+            assert model.free_device == model.info.device_blocks
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    # Shrinking sequences of forty steps takes minutes; `phases` can be extended when one is found.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    print_blob=True,
+)
