@@ -192,6 +192,7 @@ class WorkerModel:
             self._end(job, KvStatus.OK)
             if op.kind is KvOpKind.RELEASE:
                 del self.held[job.job_id]
+                self.named.discard(job.job_id)
 
     def _end(self, job: Held, status: KvStatus, tokens: int = 0) -> None:
         self.done.append(OpDone(job.ops.popleft().op_id, status, tokens, tokens * 10))
@@ -273,6 +274,7 @@ class WorkerModel:
                 job.host = job.host_blocks = 0
             if not job.computed and not job.host:
                 del self.held[job.job_id]
+                self.named.discard(job.job_id)
         self.named.clear()
         self.inbox.clear()
         self.done.clear()

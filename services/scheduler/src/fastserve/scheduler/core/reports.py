@@ -131,6 +131,9 @@ class ReportReader:
         if op.leftover is not None:
             group.device_used -= op.leftover.device
             group.host_used -= op.leftover.host
+            came_back = self._of_group(group, op.job_id)
+            if came_back is not None:
+                came_back.op = None
             return
         job = op.job
         assert job is not None

@@ -22,6 +22,7 @@ from fastserve.scheduler.core.types import (
     Inventory,
     JobSpec,
     JobState,
+    KvOpKind,
     KvState,
     Plan,
     Progress,
@@ -142,6 +143,8 @@ class Scheduler:
 
     def _settle(self, group: Group, job: Job, now: float) -> None:
         job.wait_since = now
+        if group.holds(job.job_id):  # it was here before, and is just being released
+            job.op = KvOpKind.RELEASE
         group.add(job)
 
     # --- jobs --------------------------------------------------------------------------------
