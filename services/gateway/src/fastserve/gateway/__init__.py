@@ -1,1 +1,1 @@
-"""The HTTP gateway: OpenAI API in, token ids to the scheduler, text out."""
+"""The OpenAI-compatible HTTP gateway: text on one side, token ids on the other."""

@@ -1,0 +1,66 @@
+"""What all requests share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from fastserve.gateway.auth import ApiKeys
+from fastserve.gateway.errors import InvalidRequestError
+from fastserve.gateway.metrics import Metrics
+from fastserve.gateway.scheduler_client import SchedulerClient
+from fastserve.gateway.settings import GatewaySettings
+from fastserve.gateway.tokenizer import Tokenizer, TokenizerPool
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The parts of a gateway."""
+
+    settings: GatewaySettings
+    client: SchedulerClient
+    pool: TokenizerPool
+    metrics: Metrics
+    keys: ApiKeys
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.pool.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """The name in requests and answers: as configured, else as the workers call it."""
+        welcome = self.client.welcome
+        reported = welcome.model if welcome is not None else ""
+        return self.settings.served_model_name or reported or self.settings.model_name
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that prompt and answer may have together; None while no worker is known."""
+        welcome = self.client.welcome
+        return (welcome.max_job_tokens or None) if welcome is not None else None
+
+    def check_model(self, name: str) -> None:
+        """Raises `InvalidRequestError` (404) for a model that is not served here."""
+        if name != self.model_name:
+            raise InvalidRequestError(
+                f"the model {name[:200]!r} does not exist",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+
+def gateway_of(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+async def authorized(request: Request) -> None:
+    """Dependency of routes that need a key. Raises `InvalidRequestError` (401)."""
+    refusal = gateway_of(request).keys.check(request.headers.get("authorization"))
+    if refusal is not None:
+        raise refusal
