@@ -118,7 +118,7 @@ def report_from(
         report.sampled_indexes.append(index)
         report.sampled_tokens.append(sampled.token)
         report.finish_reasons.append(_FINISH[finish])
-        report.has_logprobs.append(sampled.logprob is not None)
+        report.has_logprobs.append(int(sampled.logprob is not None))
         if sampled.logprob is not None:
             report.logprobs.append(sampled.logprob)
             report.top_counts.append(len(sampled.top))
