@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -35,11 +36,14 @@ class _Stop:
 
     def __init__(self) -> None:
         self.count = 0
+        self.interrupts = False  # raise KeyboardInterrupt where it happens
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        if self.interrupts:
+            raise KeyboardInterrupt
 
     def asked(self) -> bool:
         return self.count > 0
@@ -82,7 +86,10 @@ class Deployment:
             self._progress.close()
             self._welcome()
             if demo:
-                self._demo()
+                stop.interrupts = True
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._demo()
+                stop.interrupts = False
             self.supervisor.run_until(stop.asked)
         finally:
             self._progress.close()
