@@ -181,8 +181,10 @@ class Leader:
 
     async def _gauge(self) -> None:
         """Set the gauges from time to time, until cancelled."""
+        self._metrics.restart()
         while True:
             running = sum(job.state is JobState.RUNNING for job in self.core.jobs())
+            self._metrics.follow(self.core.counters)
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
             self._metrics.workers.set(len(self.engine.links))
             self._metrics.gateways.set(self.hub.sessions)

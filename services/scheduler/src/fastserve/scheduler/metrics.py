@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -17,6 +17,8 @@ class Metrics:
     """One set of instruments per process; a new leader in the same process goes on counting."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._seen: dict[str, int] = {}  # by name of the core's counter
+
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
@@ -44,7 +46,9 @@ class Metrics:
             "fastserve_starvation_promotions", "Jobs raised because they waited too long"
         )
         self.moved_tokens = counter(
-            "fastserve_kv_tokens", "Tokens whose KV was moved or computed again", "operation"
+            "fastserve_kv_tokens",
+            "Tokens whose KV was offloaded, uploaded or recomputed",
+            "operation",
         )
         self.iteration = histogram(
             "fastserve_iteration_seconds",
@@ -69,6 +73,23 @@ class Metrics:
             "vllm:num_requests_running", "Jobs in the batch", "model_name", "engine"
         )
         self.waiting = gauge("vllm:num_requests_waiting", "Jobs that wait", "model_name", "engine")
+
+    def follow(self, counters: Mapping[str, int]) -> None:
+        """Take over what the core counted since the last call."""
+        for name, value in counters.items():
+            more = value - self._seen.get(name, 0)
+            self._seen[name] = value
+            kind, _, rest = name.partition(".")
+            if kind == "preemptions":
+                self.preemptions.labels(*rest.split(".")).inc(more)
+            elif kind == "promotions":
+                self.promotions.inc(more)
+            elif kind == "tokens":
+                self.moved_tokens.labels(rest).inc(more)
+
+    def restart(self) -> None:
+        """A new leader counts from 0 again."""
+        self._seen.clear()
 
     def set_depths(self, model: str, depths: Sequence[int], running: int) -> None:
         """Waiting jobs per level and running ones; `model` "" while no worker is known."""

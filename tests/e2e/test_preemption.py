@@ -1,0 +1,64 @@
+"""A burst of short requests behind a long one, with KV memory for one and a half jobs.
+
+With skip-join MLFQ the burst overtakes the long answer, whose KV cache is moved to host memory and
+back; its text must not change by that. With FCFS the burst waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+
+from support.deployment import Deployment, deployment
+from support.streams import TIMEOUT, Answer, body_of, stream
+
+LONG_TOKENS = 160
+SHORTS = 4
+# 18 blocks of 16 tokens: the long job grows to 12, a short one has 7.
+FLAGS = ("--kv-blocks", "18", "--max-num-seqs", "1", "--host-kv-blocks", "64")
+BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 4  # layers, K and V, KV heads, tokens, head dimension, fp32
+LONG = "Write a long story about a lighthouse keeper and his daughter.\n\n"
+SHORT = "The harbour of the small town had been built for fishing boats. " * 6
+
+
+async def _burst(running: Deployment) -> tuple[Answer, Answer, list[Answer]]:
+    """The long one alone; then the long one and, after a while, the short ones."""
+    async with httpx.AsyncClient(base_url=running.url, timeout=TIMEOUT) as client:
+        alone = await stream(client, body_of(LONG, LONG_TOKENS), Answer())
+        long, shorts = Answer(), [Answer() for _ in range(SHORTS)]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(stream(client, body_of(LONG, LONG_TOKENS), long))
+            await long.reached(60)
+            for number, short in enumerate(shorts):
+                tasks.create_task(stream(client, body_of(f"{number}. {SHORT}", 4), short))
+    for answer in (alone, long):
+        assert answer.usage["completion_tokens"] == LONG_TOKENS
+        assert answer.error is None
+    return alone, long, shorts
+
+
+async def test_a_burst_overtakes_a_long_answer(tmp_path: Path) -> None:
+    with deployment(tmp_path, *FLAGS, "--policy", "skip-join-mlfq") as running:
+        alone, long, shorts = await _burst(running)
+        assert all(short.ended < long.ended for short in shorts), "the burst waited"
+        assert long.text == alone.text, "preemption changed the text"
+        assert long.ids == sorted(set(long.ids)), "a token twice"
+
+        bytes_out = running.metric("kv-offload", "fastserve_swap_bytes_total", direction="out")
+        bytes_in = running.metric("kv-offload", "fastserve_swap_bytes_total", direction="in")
+        # At least what the long job had computed when it was preempted.
+        assert bytes_out >= 4 * BLOCK_BYTES and bytes_out % BLOCK_BYTES == 0
+        assert bytes_in >= 4 * BLOCK_BYTES and bytes_in % BLOCK_BYTES == 0
+        assert running.metric("worker", "fastserve_swap_bytes_total", direction="out") == bytes_out
+        preempted = running.metric("scheduler", "fastserve_request_preemptions_sum")
+        assert preempted >= 1
+
+
+async def test_with_fcfs_the_burst_waits(tmp_path: Path) -> None:
+    with deployment(tmp_path, *FLAGS, "--policy", "fcfs") as running:
+        alone, long, shorts = await _burst(running)
+        assert all(short.first > long.ended - 1.0 for short in shorts), "no head-of-line blocking?"
+        assert long.text == alone.text
+        assert running.metric("scheduler", "fastserve_request_preemptions_sum") == 0
