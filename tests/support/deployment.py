@@ -58,7 +58,7 @@ class Deployment:
 
     def restarted(self, name: str, times: int = 1) -> bool:
         service = self.service(name)
-        return service["restarts"] >= times and service["state"] == "ready"
+        return bool(service["restarts"] >= times and service["state"] == "ready")
 
     def logs(self) -> str:
         return "\n".join(

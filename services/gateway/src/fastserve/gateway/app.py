@@ -25,6 +25,8 @@ def create_app(gateway: Gateway) -> FastAPI:
         title="FastServe",
         version=status.VERSION,
         description="OpenAI-compatible API of a FastServe cluster.",
+        # Spans and metrics are ours: one span per request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.gateway = gateway
     app.openapi = lambda: document(app)  # type: ignore[method-assign]  # as FastAPI documents it
