@@ -1,0 +1,160 @@
+"""Levels, quanta, demotion, promotion and charges."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fastserve.scheduler.core import (
+    CostSample,
+    Job,
+    JobSpec,
+    JobState,
+    Scheduler,
+    SchedulerConfig,
+    UnknownPolicyError,
+)
+from fastserve.scheduler.core.cost_model import CostModel
+from fastserve.scheduler.core.policies import Fcfs, Mlfq, Policy, SkipJoinMlfq
+
+DECODE_S, TOKEN_S = 0.010, 0.002  # q1, and what a prompt token adds
+PREFILL = CostSample(1, 101, 101, DECODE_S + 100 * TOKEN_S)
+DECODE = CostSample(1, 1, 100, DECODE_S)
+
+
+def policy_of(kind: type[Policy], **config: float) -> Policy:
+    values = SchedulerConfig(policy=kind.name, **config)  # type: ignore[arg-type]
+    cost = CostModel(PREFILL, DECODE)
+    places = itertools.count(1000)
+    return kind(values, cost, rows=8, budget=512, place=lambda: next(places))
+
+
+def job_of(number: int, prompt: int = 1, priority: int = 0) -> Job:
+    spec = JobSpec(f"j{number}", tuple(range(prompt)), 50, 0.0, priority=priority)
+    return Job(spec, number, 0.0)
+
+
+def joined(policy: Policy, *jobs: Job) -> list[Job]:
+    for job in jobs:
+        policy.join(job)
+    return list(jobs)
+
+
+def order(policy: Policy, jobs: list[Job]) -> list[str]:
+    return [job.job_id for job in sorted(jobs, key=policy.key)]
+
+
+def test_skip_join_goes_by_the_time_of_the_prefill() -> None:
+    policy = policy_of(SkipJoinMlfq)
+    levels = [joined(policy, job_of(0, prompt))[0].level for prompt in (1, 6, 7, 16, 100, 500)]
+    # Quanta are 10, 20, 40, 80 ... ms; prefills take 10, 20, 22, 40, 208 and 1008 ms.
+    assert levels == [0, 1, 2, 2, 5, 7]
+
+
+def test_naive_mlfq_begins_at_the_top() -> None:
+    assert joined(policy_of(Mlfq), job_of(0, 500))[0].level == 0
+
+
+def test_the_last_level_takes_what_no_level_holds() -> None:
+    policy = policy_of(SkipJoinMlfq, levels=3)
+    (job,) = joined(policy, job_of(0, 500))
+    assert job.level == 2
+    assert policy.charge(job, 5.0) and job.level == 2
+
+
+def test_a_used_quantum_costs_a_level_and_the_place() -> None:
+    policy = policy_of(Mlfq)
+    first, second = joined(policy, job_of(0), job_of(1))
+    assert not policy.charge(first, DECODE_S / 2)
+    assert policy.charge(first, DECODE_S / 2)
+    assert policy.charge(second, DECODE_S)
+    assert (first.level, second.level) == (1, 1)
+    assert order(policy, [second, first]) == ["j0", "j1"]  # who sank later is behind
+
+
+def test_a_job_sinks_as_far_as_its_use_calls_for_and_the_rest_counts() -> None:
+    policy = policy_of(Mlfq)
+    (job,) = joined(policy, job_of(0))
+    assert policy.charge(job, DECODE_S * (1 + 2 + 4 + 3))
+    assert job.level == 3
+    assert job.used == pytest.approx(3 * DECODE_S)
+
+
+def test_order_level_then_priority_then_row_then_place() -> None:
+    policy = policy_of(Mlfq)
+    a, b, c, d = joined(policy, job_of(0), job_of(1), job_of(2, priority=-1), job_of(3))
+    policy.charge(a, DECODE_S)
+    d.state = JobState.RUNNING
+    assert order(policy, [a, b, c, d]) == ["j2", "j3", "j1", "j0"]
+
+
+def test_who_starves_comes_first_with_a_fresh_quantum() -> None:
+    policy = policy_of(Mlfq, starvation_s=1.0)
+    sunk, fresh = joined(policy, job_of(0), job_of(1))
+    policy.charge(sunk, 40 * DECODE_S)
+    assert not policy.promote(sunk, 0.9)
+    assert policy.promote(sunk, 1.0)
+    assert order(policy, [fresh, sunk]) == ["j0", "j1"]
+    assert (sunk.level, sunk.used) == (0, 0.0)
+    assert policy.charge(sunk, DECODE_S)  # and it sinks again
+    assert order(policy, [fresh, sunk]) == ["j1", "j0"]
+
+
+def test_promotions_never_take_more_than_their_share() -> None:
+    policy = policy_of(Mlfq, starvation_s=1.0, promotion_share=0.25)  # 2 of 8 rows
+    jobs = joined(policy, *(job_of(number) for number in range(4)))
+    assert [policy.promote(job, 2.0) for job in jobs] == [True, True, False, False]
+    policy.leave(jobs[0])  # one ends
+    assert policy.promote(jobs[2], 2.0)
+
+
+def test_fcfs_goes_by_arrival_and_never_takes_a_row_away() -> None:
+    policy = policy_of(Fcfs)
+    old, new, urgent = joined(policy, job_of(0), job_of(1), job_of(2, priority=-5))
+    assert order(policy, [urgent, new, old]) == ["j0", "j1", "j2"]
+    new.state = JobState.RUNNING
+    assert order(policy, [urgent, new, old]) == ["j1", "j0", "j2"]
+    assert not policy.preemptive and not policy.charge(new, 100.0)
+    assert not policy.promote(old, 1e9)
+
+
+def test_unknown_policies_are_refused_with_those_that_exist() -> None:
+    with pytest.raises(UnknownPolicyError, match="skip-join-mlfq, mlfq, fcfs"):
+        Scheduler(SchedulerConfig(policy="lottery"))
+
+
+# The cost model
+
+
+def test_the_model_begins_with_the_two_samples() -> None:
+    cost = CostModel(PREFILL, DECODE)
+    assert cost.decode_s == DECODE_S
+    assert cost.iteration(1, 0) == pytest.approx(DECODE_S)
+    assert cost.iteration(101, 0) == pytest.approx(PREFILL.seconds)
+    # Two chunks: 100 tokens more, and the fixed part of an iteration once more.
+    assert cost.prefill(101, 51) == pytest.approx(PREFILL.seconds + DECODE_S - TOKEN_S, rel=0.01)
+
+
+def test_the_model_learns_tokens_and_context() -> None:
+    cost = CostModel(PREFILL, DECODE)
+
+    def truth(tokens: int, context: int) -> float:
+        return 0.02 + tokens * 0.0005 + context * 2e-6
+
+    shapes = [(8, 8, 4000), (8, 300, 2000), (4, 4, 9000), (1, 512, 512), (16, 16, 16000)]
+    for rows, tokens, context in shapes * 40:
+        cost.observe(CostSample(rows, tokens, context, truth(tokens, context)))
+    for _, tokens, context in shapes:
+        assert cost.iteration(tokens, context) == pytest.approx(truth(tokens, context), rel=0.05)
+
+
+def test_one_hiccup_moves_neither_the_median_nor_the_model_much() -> None:
+    cost = CostModel(PREFILL, DECODE)
+    for _ in range(200):
+        cost.observe(CostSample(1, 1, 100, DECODE_S))
+    before = cost.iteration(101, 0)
+    cost.observe(CostSample(1, 1, 100, 5.0))
+    assert cost.decode_s == DECODE_S
+    assert cost.iteration(1, 100) < 2 * DECODE_S
+    assert cost.iteration(101, 0) < 2 * before
