@@ -51,7 +51,7 @@ format: setup ## Rewrite the code in the house style
 	$(BIN)/ruff format .
 
 proto: setup ## Generate the gRPC code from proto/fastserve/v1
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python proto/generate.py
+	$(BIN)/python proto/generate.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

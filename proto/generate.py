@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import re
 import sys
 import tempfile
@@ -26,6 +27,8 @@ def generate(target: Path) -> None:
         sources = sorted(str(path) for path in (HERE / "fastserve" / "v1").glob("*.proto"))
         well_known = Path(protoc.__file__).parent / "_proto"
         plugins = ("python", "pyi", "grpc_python", "mypy_grpc")
+        # protoc finds plugins on the PATH: those of this interpreter's environment come first.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         outputs = [f"--{plugin}_out={scratch}" for plugin in plugins]
         arguments = [f"-I{HERE}", f"-I{well_known}", *outputs]
         if protoc.main(["protoc", *arguments, *sources]) != 0:
