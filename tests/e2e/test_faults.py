@@ -63,18 +63,27 @@ async def test_a_kill_costs_a_pause_and_nothing_else(
     )
 
 
-async def test_a_killed_gateway_comes_back_on_its_port(
+async def test_a_stream_goes_on_after_its_gateway_was_killed(
     running: Deployment, expected: list[str]
 ) -> None:
     url, restarts = running.url, running.service("gateway")["restarts"]
+    begun, body = Answer(), body_of(PROMPTS[0], TOKENS)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:
-        answer = Answer()
-        cut = asyncio.create_task(stream(client, body_of(PROMPTS[0], TOKENS), answer))
-        await answer.reached(3)
+        cut = asyncio.create_task(stream(client, body, begun))
+        await begun.reached(10)
         running.kill("gateway")
         with pytest.raises(httpx.TransportError):
             await cut
     await eventually(lambda: running.restarted("gateway", restarts + 1), "gateway", timeout=40.0)
+    # The same request once more, with the id of the answer and the last event that came.
+    resume = {"X-FastServe-Answer": begun.response_id, "Last-Event-ID": str(begun.ids[-1])}
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:
-        answer = await stream(client, body_of(PROMPTS[0], TOKENS), Answer())
-    assert answer.text == expected[0]
+        rest = await stream(client, body, Answer(), headers=resume)
+        assert begun.text + rest.text == expected[0]
+        assert rest.ids[0] > begun.ids[-1] and rest.response_id == begun.response_id
+        assert rest.usage["completion_tokens"] == TOKENS
+        unknown = await client.post(
+            "/v1/completions", json=body, headers={"X-FastServe-Answer": "cmpl-" + 32 * "0"}
+        )
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["code"] == "answer_not_found"

@@ -84,6 +84,10 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
                         self.submits.append(submit)
                         jobs[submit.handle] = submit.job_id
                         talking[submit.handle] = asyncio.ensure_future(self._talk(stream, submit))
+                    case "attach":
+                        handle, job_id = request.attach.handle, request.attach.job_id
+                        jobs[handle] = job_id
+                        talking[handle] = asyncio.ensure_future(self._again(stream, handle, job_id))
                     case "cancel":
                         for handle in request.cancel.handles:
                             if not talking[handle].done():
@@ -114,6 +118,18 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             max_job_tokens=MAX_JOB_TOKENS if self.ready else 0,
             durable=True,
         )
+
+    async def _again(self, stream: _Stream, handle: int, job_id: str) -> None:
+        """Someone attaches to a job: everything from its beginning, if it was ever submitted."""
+        for submit in self.submits:
+            if submit.job_id == job_id:
+                again = scheduler_pb2.Submit()
+                again.CopyFrom(submit)
+                again.handle = handle
+                await self._talk(stream, again)
+                return
+        reason = scheduler_pb2.REJECT_REASON_NOT_FOUND
+        await stream.write(rejected=scheduler_pb2.Rejected(handle=handle, reason=reason))
 
     async def _talk(self, stream: _Stream, submit: scheduler_pb2.Submit) -> None:
         reply = self.reply(submit) if callable(self.reply) else self.reply

@@ -19,6 +19,7 @@ TIMEOUT = httpx.Timeout(10.0, read=90.0, pool=90.0)
 class Answer:
     """One streamed completion."""
 
+    response_id: str = ""
     text: str = ""
     pieces: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)  # SSE ids: index of the last token of a piece
@@ -54,12 +55,15 @@ def body_of(prompt: str, max_tokens: int, **more: Any) -> dict[str, Any]:
 
 
 async def stream(
-    client: httpx.AsyncClient, body: dict[str, Any], answer: Answer, path: str = "/v1/completions"
+    client: httpx.AsyncClient,
+    body: dict[str, Any],
+    answer: Answer,
+    headers: dict[str, str] | None = None,
 ) -> Answer:
     """Fill `answer` as it comes."""
     answer.started = time.monotonic()
     try:
-        async with client.stream("POST", path, json=body) as response:
+        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
             assert response.status_code == 200, (await response.aread()).decode()
             async for line in response.aiter_lines():
                 _take(line, answer)
@@ -78,6 +82,7 @@ def _take(line: str, answer: Answer) -> None:
     if "error" in event:
         answer.error = event["error"]
         return
+    answer.response_id = event["id"]
     answer.usage = event.get("usage") or answer.usage
     for choice in event["choices"]:
         answer.finish = choice["finish_reason"] or answer.finish

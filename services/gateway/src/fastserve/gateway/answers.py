@@ -60,6 +60,10 @@ class AnswerFormat(ABC):
         self._top = logprobs
         self._begun: set[int] = set()
 
+    def resume(self, choices: Sequence[int]) -> None:
+        """The client has the beginning of these already."""
+        self._begun.update(choices)
+
     def whole(self, choices: Sequence[Collected], usage: Usage) -> bytes:
         body = self._body(self._object)
         body["choices"] = [self._choice(index, choice) for index, choice in enumerate(choices)]

@@ -22,6 +22,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE_FILE = "chat_template.jinja"
 
+# What running a template can raise, whatever it computes.
+_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class TemplateRefusedError(ValueError):
     """The template does not accept these messages; its words are meant for the client."""
@@ -87,7 +98,7 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         # A template may also fail on messages it was not written for.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except _FAILURES as error:
             raise TemplateRefusedError(str(error)) from error
 
 

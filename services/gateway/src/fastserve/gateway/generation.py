@@ -66,8 +66,12 @@ class TextOptions:
 class Choice:
     """One answer: takes tokens, gives text."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, options: TextOptions, seen: int = 0
+    ) -> None:
+        """`seen`: tokens whose text the client has from an earlier connection."""
         self.index = index
+        self._seen = seen
         self.tokens = 0  # that the answer is made of, stop token and stop string included
         self.finish_reason: str | None = None
         self._options = options
@@ -86,11 +90,11 @@ class Choice:
         stop_token: Sequence[Token] = ()
         if finish == sampling_pb2.FINISH_REASON_STOP:  # the last token ended it and is no text
             tokens, stop_token = tokens[:-1], tokens[-1:]
-        text = ""
-        for token in tokens:
-            text += self._text_of(token)
-            if self._stops.found:
-                break
+        replayed = max(0, self._seen - self.tokens)
+        if replayed:
+            self._shown += len(self._take(tokens[:replayed]))
+            self._shown_scores()
+        text = self._take(tokens[replayed:])
         if self._stops.found:
             self.finish_reason = STOP
         elif finish:
@@ -103,6 +107,15 @@ class Choice:
                 self.finish_reason = _REASONS[finish]
         self._shown += len(text)
         return Delta(self.index, text, self._shown_scores(), self.finish_reason)
+
+    def _take(self, tokens: Sequence[Token]) -> str:
+        """The text that these tokens let out, up to a stop string."""
+        text = ""
+        for token in tokens:
+            if self._stops.found:
+                break
+            text += self._text_of(token)
+        return text
 
     def _text_of(self, token: Token) -> str:
         token_id, scores = token
@@ -149,10 +162,19 @@ class Generation:
         submits: Sequence[scheduler_pb2.Submit],
         choices: Sequence[Choice],
         times: RequestTimes,
+        *,
+        attach: bool = False,
     ) -> Generation:
-        """Submit all jobs; returns once all are accepted. Raises `ApiError` if one is not."""
+        """Submit all jobs; returns once all are accepted. Raises `ApiError` if one is not.
+
+        attach: they were submitted before, by a gateway that is gone: take them over.
+        """
         wake = asyncio.Event()
-        tasks = [asyncio.ensure_future(client.submit(submit, wake)) for submit in submits]
+        if attach:
+            calls = [client.attach(submit.job_id, wake) for submit in submits]
+        else:
+            calls = [client.submit(submit, wake) for submit in submits]
+        tasks = [asyncio.ensure_future(call) for call in calls]
         try:
             jobs = await asyncio.gather(*tasks)
         except BaseException as error:
@@ -162,7 +184,7 @@ class Generation:
                 if isinstance(job, Job):
                     client.cancel(job)
             if isinstance(error, JobRefusedError | SchedulerLostError):
-                raise api_error(error) from error
+                raise api_error(error, attach=attach) from error
             raise
         return cls(client, jobs, choices, wake, times)
 
@@ -220,7 +242,7 @@ def _check_end(job: Job) -> None:
         raise InternalError("the answer was cancelled by the server")
 
 
-def api_error(error: JobRefusedError | SchedulerLostError) -> ApiError:
+def api_error(error: JobRefusedError | SchedulerLostError, *, attach: bool = False) -> ApiError:
     """What the client is told."""
     if isinstance(error, SchedulerLostError):
         return UnavailableError(str(error), "scheduler_unavailable")
@@ -233,6 +255,10 @@ def api_error(error: JobRefusedError | SchedulerLostError) -> ApiError:
             return UnavailableError(error.message, "draining", error.retry_after_s)
         case scheduler_pb2.REJECT_REASON_TOO_LONG:
             return InvalidRequestError(error.message, code="context_length_exceeded")
+        case scheduler_pb2.REJECT_REASON_NOT_FOUND if attach:
+            return InvalidRequestError(
+                "there is no such answer (any more)", status=404, code="answer_not_found"
+            )
         case scheduler_pb2.REJECT_REASON_INVALID:
             return InvalidRequestError(error.message)
     return InternalError()

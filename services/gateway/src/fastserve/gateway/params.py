@@ -19,6 +19,8 @@ from fastserve.proto.v1.sampling_pb2 import SamplingParams
 CLASS_HEADER: Final = "x-fastserve-class"
 TENANT_HEADER: Final = "x-fastserve-tenant"
 TIMEOUT_HEADER: Final = "x-request-timeout-ms"
+ANSWER_HEADER: Final = "x-fastserve-answer"
+LAST_EVENT_HEADER: Final = "last-event-id"
 
 DEFAULT_CLASS: Final = "default"
 CLASSES: Final = ("interactive", DEFAULT_CLASS, "batch")
@@ -161,6 +163,35 @@ def max_tokens_of(body: GenerationBody, prompt_tokens: int, longest: int, prompt
             f"min_tokens is greater than the limit of {asked} tokens", param="min_tokens"
         )
     return asked
+
+
+@dataclass(frozen=True)
+class Resume:
+    """An answer whose connection broke, and how much of each choice the client has."""
+
+    response_id: str
+    seen: Sequence[int]  # tokens, by choice
+
+
+def resume_of(body: GenerationBody, headers: Mapping[str, str], choices: int) -> Resume | None:
+    """What the client wants to go on with, if anything. Raises `InvalidRequestError`.
+
+    It sends the request once more, with the `id` of the answer and the last SSE id that it has.
+    """
+    response_id = headers.get(ANSWER_HEADER)
+    if response_id is None:
+        return None
+    if not body.stream:
+        raise InvalidRequestError("only streams can be gone on with", param="stream")
+    if not re.fullmatch(r"[a-z]{4,10}-[0-9a-f]{32}", response_id):
+        raise InvalidRequestError(f"{ANSWER_HEADER} is no id of an answer", param=ANSWER_HEADER)
+    last = headers.get(LAST_EVENT_HEADER, ",".join(["-1"] * choices))
+    parts = last.split(",")
+    if len(parts) != choices or not all(re.fullmatch(r"-1|[0-9]{1,9}", part) for part in parts):
+        raise InvalidRequestError(
+            f"{LAST_EVENT_HEADER} must have one token index per choice", param=LAST_EVENT_HEADER
+        )
+    return Resume(response_id, [int(part) + 1 for part in parts])
 
 
 def seeds_of(body: GenerationBody, count: int) -> list[int]:

@@ -175,8 +175,9 @@ class SchedulerClient:
     async def close(self) -> None:
         """Cancel all followed jobs and see the messages off; requests get `SchedulerLostError`."""
         for job in list(self._jobs.values()):
-            self.cancel(job)
-        self._fail_all("the gateway is shutting down")
+            self.cancel(job)  # which forgets a job that no stream carried yet
+            job.fail(SchedulerLostError("the gateway is shutting down"))
+        self._jobs.clear()
         if self._stream is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FLUSH_TIMEOUT_S):

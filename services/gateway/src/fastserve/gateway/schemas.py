@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_LENGTH = 1024  # characters; every choice prepares to find them
 INT32 = (-(2**31), 2**31 - 1)
 INT64 = (-(2**63), 2**63 - 1)
 
@@ -83,6 +84,7 @@ def _prompts(value: object) -> object:
 
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 Refused = Annotated[None, _only(None)]
 Prompt = str | list[int]
 
@@ -114,7 +116,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1)
     stop: Annotated[
-        list[NonEmpty] | None,
+        list[StopString] | None,
         Field(max_length=4),
         BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None),
     ] = None

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import sys
 import time
+from typing import Any
 
 import psutil
 import structlog
@@ -103,6 +104,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         mover,
         eos_token_ids=frozenset(model.config.eos_token_ids),
         max_model_len=max_model_len,
+        vocab_size=model.config.vocab_size,
     )
     description = pb.DescribeResponse(
         worker_id=settings.worker_id,
@@ -133,12 +135,22 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         metrics_port = serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
         await server.set_serving(True)
         announce_ready(settings, address=address, metrics_port=metrics_port)
-        await stop.wait()
+        await _until(stop, thread.failure)
         await server.stop(settings.shutdown_timeout)
     finally:
         await thread.stop()
         if staging is not None:
             await staging.close()
+
+
+async def _until(stop: asyncio.Event, failure: asyncio.Future[None]) -> None:
+    """Wait for `stop`. A failure of the engine ends the process: it is restarted."""
+    stopping = asyncio.ensure_future(stop.wait())
+    either: set[asyncio.Future[Any]] = {stopping, failure}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if failure.done():
+        failure.result()
 
 
 if __name__ == "__main__":

@@ -82,9 +82,11 @@ class Engine:
         *,
         eos_token_ids: frozenset[int],
         max_model_len: int,
+        vocab_size: int,
     ) -> None:
         self._model, self._kv = model, kv
         self._eos = eos_token_ids
+        self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self.pool = BlockPool(kv.num_blocks)
         self.kv_ops = KvOps(self.pool, kv.block_size, mover)
@@ -180,6 +182,23 @@ class Engine:
             job.handle, job.finished = new.handle, False
         job.traceparent = new.traceparent
         self._by_handle[new.handle] = job
+        why = self._why_unfit(new)
+        if why:
+            job.finished = True
+            self._failed.append((new.handle, why))
+
+    def _why_unfit(self, new: NewJob) -> str:
+        """Why the model cannot run a job, which would break its whole batch; "" if it can."""
+        params = new.params
+        named = [*new.token_ids, *params.stop_token_ids, *(token for token, _ in params.logit_bias)]
+        highest = max(named, default=0)
+        if highest >= self._vocab_size:
+            return f"token {highest} is not in the vocabulary of {self._vocab_size}"
+        if (params.logprobs or 0) > self._vocab_size:
+            return "more log-probabilities than tokens are asked for"
+        if len(new.token_ids) > self._max_model_len:
+            return f"the job is longer than the model's length of {self._max_model_len}"
+        return ""
 
     def _trim(self, job: Job) -> None:
         keep = -(-job.computed // self._kv.block_size)

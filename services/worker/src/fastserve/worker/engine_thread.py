@@ -41,6 +41,7 @@ class EngineThread:
         self._report: Report = lambda _: None
         self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self.failure: asyncio.Future[None] = loop.create_future()  # the bug that ended the thread
 
     def start(self, engine: Engine, report: Report) -> None:
         """Start running; the engine belongs to the thread from now on.
@@ -48,7 +49,7 @@ class EngineThread:
         `report` is called on the event loop for whatever there is to report.
         """
         self._report = report
-        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine")
+        self._thread = threading.Thread(target=self._guarded, args=(engine,), name="engine")
         self._thread.start()
 
     def post(self, action: Callable[[Engine], None]) -> None:
@@ -70,6 +71,13 @@ class EngineThread:
         self._inbox.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+
+    def _guarded(self, engine: Engine) -> None:
+        try:
+            self._run(engine)
+        except Exception as bug:
+            log.exception("the engine thread failed")
+            self._loop.call_soon_threadsafe(self.failure.set_exception, bug)
 
     def _run(self, engine: Engine) -> None:
         while True:

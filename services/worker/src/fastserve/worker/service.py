@@ -41,6 +41,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
         self._tracer = IterationTracer()
         self._outgoing: asyncio.Queue[pb.IterationReport | None] | None = None
         self._scheduler_epoch = 0
+        self._newest: object = None  # the stream that opened last
         self._turn = asyncio.Lock()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
@@ -63,14 +64,21 @@ class Worker(pb_grpc.WorkerServiceServicer):
                 f"a scheduler with epoch {self._scheduler_epoch} is served already",
             )
         self._scheduler_epoch = plan.scheduler_epoch
+        this = self._newest = object()
         if self._outgoing is not None:
             self._outgoing.put_nowait(None)  # ends the stream before this one
         async with self._turn:
             outgoing: asyncio.Queue[pb.IterationReport | None] = asyncio.Queue()
-            inventory = await self._take_stock(plan.plan_id)
+            if self._newest is this:
+                inventory = await self._take_stock(plan.plan_id)
+            # A newer one may have come at any time until here, and nothing else ends this stream.
+            if self._newest is not this:
+                await context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION, "a newer stream was opened"
+                )
             self._outgoing = outgoing
             outgoing.put_nowait(inventory)
-            reader = asyncio.create_task(self._read(request_iterator, outgoing))
+            reader = asyncio.create_task(self._read(request_iterator, outgoing, plan.plan_id))
             try:
                 while (report := await outgoing.get()) is not None:
                     yield pb.RunResponse(report=report)
@@ -87,9 +95,10 @@ class Worker(pb_grpc.WorkerServiceServicer):
         self,
         requests: AsyncIterator[pb.RunRequest],
         outgoing: asyncio.Queue[pb.IterationReport | None],
+        last: int,
     ) -> None:
-        """Hand plans to the engine thread until the scheduler ends its side."""
-        last = 0
+        """Hand plans to the engine thread until the scheduler ends its side. last: id of the
+        reset plan."""
         try:
             async for request in requests:
                 if request.plan.plan_id <= last:

@@ -59,6 +59,8 @@ def plan_from(message: worker_pb2.Plan) -> Plan:
 def _job_from(message: worker_pb2.Job) -> NewJob:
     if message.prompt_len > len(message.token_ids):
         raise BadPlan(f"job {message.job_id}: prompt_len exceeds its tokens")
+    if len(message.sampling.logit_bias_ids) != len(message.sampling.logit_bias_values):
+        raise BadPlan("logit_bias_ids and logit_bias_values differ in length")
     return NewJob(
         handle=message.handle,
         job_id=message.job_id,

@@ -40,6 +40,7 @@ async def create_chat_completion(request: Request) -> Response:
         Endpoint(
             operation=semconv.CHAT,
             id_prefix="chatcmpl",
+            prompts=1,
             prompt_param="messages",
             make_prompts=lambda: [chat_prompt(tokenizer, body.messages)],
             make_format=lambda head, _: ChatFormat(head, tokenizer.pieces, logprobs=logprobs),

@@ -57,6 +57,7 @@ async def create_completion(request: Request) -> Response:
         Endpoint(
             operation=semconv.TEXT_COMPLETION,
             id_prefix="cmpl",
+            prompts=len(body.prompt),
             prompt_param="prompt",
             make_prompts=lambda: [_prompt_tokens(tokenizer, prompt) for prompt in body.prompt],
             make_format=make_format,

@@ -23,6 +23,7 @@ from fastserve.gateway.params import (
     Ordering,
     max_tokens_of,
     ordering_of,
+    resume_of,
     sampling_of,
     seeds_of,
     tier_of,
@@ -42,6 +43,7 @@ class Endpoint:
 
     operation: str
     id_prefix: str
+    prompts: int
     prompt_param: str
     make_prompts: Callable[[], Prompts]
     make_format: Callable[[Head, Prompts], AnswerFormat]
@@ -114,7 +116,9 @@ async def _begin(
     ordering = ordering_of(body, request.headers)
     if ordering.unknown_class:
         gateway.metrics.unknown_class.inc()
-    response_id = f"{endpoint.id_prefix}-{uuid.uuid4().hex}"
+    count = (body.n or 1) * endpoint.prompts
+    resume = resume_of(body, request.headers, count)
+    response_id = resume.response_id if resume else f"{endpoint.id_prefix}-{uuid.uuid4().hex}"
     describe_request(endpoint.operation, body, ordering, response_id)
     sampling = sampling_of(body, gateway.tokenizer)
     if endpoint.logprobs is not None:
@@ -132,13 +136,18 @@ async def _begin(
         logprobs=endpoint.logprobs is not None,
         continuation=endpoint.continuation,
     )
-    choices = [Choice(index, gateway.tokenizer, options) for index in range(len(submits))]
+    seen = resume.seen if resume else [0] * count
+    choices = [Choice(at, gateway.tokenizer, options, seen[at]) for at in range(count)]
     times = RequestTimes(gateway.metrics, model, started_at(request.scope), len(submits))
-    generation = await Generation.start(gateway.client, submits, choices, times)
+    generation = await Generation.start(
+        gateway.client, submits, choices, times, attach=resume is not None
+    )
     prompt_tokens = sum(map(len, prompts))
     gateway.metrics.prompt_tokens.labels(model).observe(prompt_tokens)
     head = Head(response_id, int(time.time()), model, tier_of(body, ordering))
-    return Accepted(generation, endpoint.make_format(head, prompts), prompt_tokens)
+    answer = endpoint.make_format(head, prompts)
+    answer.resume([at for at in range(count) if seen[at]])
+    return Accepted(generation, answer, prompt_tokens)
 
 
 def _check(gateway: Gateway, body: GenerationBody) -> None:

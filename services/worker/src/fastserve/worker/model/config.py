@@ -61,16 +61,19 @@ class ModelConfig:
         path = folder / "config.json"
         raw = _read_json(path)
         names = raw.get("architectures") or ["none"]
-        if names[0] not in ARCHITECTURES:
+        name = names[0] if isinstance(names, list) else names
+        if name not in ARCHITECTURES:
             raise ModelError(
-                f"{path}: architecture {names[0]} is not supported "
+                f"{path}: architecture {name} is not supported "
                 f"(supported: {', '.join(ARCHITECTURES)})"
             )
         _refuse_unsupported(path, raw)
         try:
-            return cls._from_raw(names[0], raw, _eos(folder, raw), path)
+            return cls._from_raw(name, raw, _eos(folder, raw), path)
         except KeyError as error:
             raise ModelError(f"{path}: {error.args[0]} is missing") from error
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ModelError(f"{path}: a value makes no sense: {error}") from error
 
     @classmethod
     def _from_raw(

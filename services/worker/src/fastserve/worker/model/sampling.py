@@ -107,7 +107,8 @@ def _sample_row(logits: torch.Tensor, row: SampleRow, eos: frozenset[int]) -> Sa
     if params.temperature == 0.0:
         token = int(changed.argmax())
     else:
-        token = _draw(changed / params.temperature, params, len(row.output_ids))
+        # In double: divided by the smallest temperature, float32 would overflow.
+        token = _draw(changed.double() / params.temperature, params, len(row.output_ids))
     if params.logprobs is None:
         return Sampled(token)
     # Of the model's own distribution, before penalties and truncation.
@@ -143,7 +144,7 @@ def _changed_logits(logits: torch.Tensor, row: SampleRow, eos: frozenset[int]) -
 
 def _draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
     """Draw from softmax(logits [vocab]) cut down by top_k, top_p and min_p, in that order."""
-    probabilities = logits.double().softmax(dim=-1)
+    probabilities = logits.softmax(dim=-1)
     if params.top_k or params.top_p < 1.0:
         values, ids = probabilities.sort(descending=True, stable=True)
         if params.top_k:

@@ -1,0 +1,152 @@
+"""Random plans, KV operations in any order, copies that end late, sidecars that die, streams that
+break: no block has two owners, none is used while a copy is under way, and every job gives the
+tokens that it gives when nothing disturbs it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from fastserve.worker.job import OpKind, OpStatus
+from unit.worker.engine_rig import Rig
+
+BLOCKS = 14
+HOST_BLOCKS = 24
+STEPS = 400
+MOVES = [OpKind.OFFLOAD, OpKind.UPLOAD, OpKind.DROP_DEVICE, OpKind.DROP_HOST]
+MOVE_WEIGHTS = [4, 5, 2, 1]
+
+
+class Disturber:
+    """Does what a scheduler may do; rows only for jobs whose operations have ended."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.rig = Rig(blocks=BLOCKS, capacity=HOST_BLOCKS)
+        self.moving: dict[int, int] = {}  # op id -> handle
+        self.live: list[int] = []
+        self.happened: Counter[str] = Counter()
+
+    def run(self) -> None:
+        actions = {
+            self.submit: 3,
+            self.iterate: 12,
+            self.iterate_again: 12,
+            self.move: 8,
+            self.end_a_copy: 12,
+            self.release: 1,
+            self.sidecar_dies: 0.3,
+            self.stream_breaks: 0.5,
+        }
+        for _ in range(STEPS):
+            (action,) = self.random.choices(list(actions), list(actions.values()))
+            action()
+            self.hear()
+            self.rig.check_blocks()
+            assert not self.rig.failed
+        self.finish()
+
+    def hear(self) -> None:
+        """Note which operations ended."""
+        if not self.rig.engine.runnable:
+            self.rig.idle()
+        for number in [number for number in self.moving if number in self.rig.ended]:
+            self.happened[self.rig.ended[number].status.name] += 1
+            del self.moving[number]
+
+    def some(self, share: float) -> list[int]:
+        return [handle for handle in self.live if self.random.random() < share]
+
+    # --- actions -----------------------------------------------------------------------------
+
+    def submit(self) -> None:
+        if len(self.live) < 5:
+            length = self.random.choice([1, 2, 3, 4, 5, 8, 13])
+            prompt = [self.random.randrange(60) for _ in range(length)]
+            self.live.append(self.rig.job(prompt, max_tokens=self.random.randint(1, 30)))
+            self.rig.plan()
+
+    def iterate(self) -> None:
+        moving = set(self.moving.values())
+        rows = {
+            handle: self.random.randint(1, 8) for handle in self.some(0.7) if handle not in moving
+        }
+        self.rig.plan(rows, lease=self.random.randint(1, 5))
+        self.iterate_again()
+
+    def iterate_again(self) -> None:
+        if self.rig.engine.runnable:
+            self.happened["stalled"] += len(self.rig.step().stalled)
+
+    def move(self) -> None:
+        count = self.random.choice([1, 1, 2, 3])
+        handles = self.random.choices(self.live, k=count) if self.live else []
+        kinds = self.random.choices(MOVES, MOVE_WEIGHTS, k=len(handles))
+        numbers = self.rig.plan(ops=list(zip(kinds, handles, strict=True)))
+        self.moving.update(zip(numbers, handles, strict=True))
+
+    def end_a_copy(self) -> None:
+        if self.rig.mover.under_way:
+            self.rig.mover.end(self.random.randrange(len(self.rig.mover.under_way)))
+
+    def release(self) -> None:
+        if self.live:
+            handle = self.live.pop(self.random.randrange(len(self.live)))
+            self.moving[self.rig.op(OpKind.RELEASE, handle)] = handle
+
+    def sidecar_dies(self) -> None:
+        self.rig.mover.die()
+
+    def stream_breaks(self) -> None:
+        """The worker waits for its copies; the next scheduler may have heard fewer tokens."""
+        rig = self.rig
+        rig.engine.detach()
+        rig.mover.end_all()
+        self.hear()
+        held = rig.engine.reset(rig.plan_id, rig.mover.inventory)
+        self.moving.clear()
+        assert {job: host for job, (_, host) in held.items() if host} == rig.mover.inventory
+        assert set(held) <= {rig.jobs[handle].job_id for handle in self.live}
+        lost = self.random.choice([0, 0, 1, 2, 5])
+        for handle in self.live:
+            # One that had ended is live again only if its last token was not heard.
+            most = min(len(rig.output[handle]), rig.jobs[handle].params.max_tokens - 1)
+            rig.resend(handle, known=max(0, most - lost))
+        rig.plan()
+
+    def finish(self) -> None:
+        """Every job that is left ends, with the right tokens; then nothing is held."""
+        rig = self.rig
+        rig.engine.detach()
+        rig.mover.end_all()
+        self.hear()
+        assert not self.moving
+        for handle in self.live:
+            for other in self.live:
+                assert rig.do(OpKind.DROP_DEVICE, other).status is OpStatus.OK
+            rig.do(OpKind.UPLOAD, handle)
+            rig.run([handle], 60)
+            assert rig.finished[handle] == "length"
+            assert len(rig.output[handle]) == rig.jobs[handle].params.max_tokens
+        rig.check_output()
+        for handle in self.live:
+            rig.do(OpKind.RELEASE, handle)
+        assert rig.engine.pool.free == BLOCKS
+        assert not rig.engine._held and not rig.engine._by_handle and not rig.mover.host
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_disturbed_jobs_give_the_undisturbed_tokens(seed: int) -> None:
+    Disturber(seed).run()
+
+
+def test_the_disturbances_do_happen() -> None:
+    """A test of the test: everything that is to be survived occurs."""
+    happened: Counter[str] = Counter()
+    for seed in range(10):
+        disturber = Disturber(seed)
+        disturber.run()
+        happened += disturber.happened
+    assert {"OK", "LOST", "NO_HOST_SPACE", "NO_DEVICE_SPACE", "stalled"} <= set(happened)
