@@ -98,9 +98,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_child_does_not_hold_the_lock(folder: StateFolder) -> None:
     folder.lock()
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, close_fds=False)  # fmt: skip
+    code = "print('here', flush=True); input()"
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe,
+                             close_fds=False)  # fmt: skip
     try:
+        assert child.stdout is not None and child.stdout.readline() == b"here\n"
         folder.unlock()
         folder.lock()
         folder.unlock()

@@ -316,6 +316,23 @@ def test_a_second_ctrl_c_kills_at_once(rig: Rig) -> None:
     assert rig.alive() == []
 
 
+def test_stop_ends_all_even_if_nobody_can_be_told(rig: Rig) -> None:
+    rig.fake("store")
+    rig.fake("scheduler", "", "store")
+    full = False
+
+    def changed() -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+
+    supervisor = Supervisor(rig.services, changed)
+    drive(supervisor, lambda: supervisor.all_ready)
+    full = True
+    supervisor.stop()
+    assert rig.names("stop") == ["scheduler", "store"]
+    assert rig.alive() == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children only on Linux")
 def test_kill_9_of_the_supervising_process_leaves_no_child(tmp_path: Path) -> None:
     script = f"""

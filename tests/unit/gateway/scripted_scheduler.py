@@ -186,8 +186,13 @@ async def started(
 
 
 async def assert_serves(client: SchedulerClient, session: Session) -> None:
-    """A job from its beginning to its end; the next message is its Submit and nothing else."""
-    follower, job = await started(client, session, 1, job_id="another")
-    await session.tokens(job.handle, 1, [2], STOP)
-    assert await follower.follow(job) == [1, 2]
+    """Two jobs from beginning to end; the next messages are their Submits and nothing else.
+
+    By the end of the first one the client has read all that was said before, so what it says to
+    that would come before the second one.
+    """
+    for job_id in ("first", "second"):
+        follower, job = await started(client, session, 1, job_id=job_id)
+        await session.tokens(job.handle, 1, [2], STOP)
+        assert await follower.follow(job) == [1, 2]
     assert client.jobs == 0

@@ -155,19 +155,18 @@ def test_limits_that_do_not_fit(
     min_tokens=st.none() | st.integers(0, 120),
     make=st.sampled_from([chat, completion]),
 )
-def test_a_limit_that_passes_fits(
+def test_a_limit_is_given_exactly_if_it_fits(
     prompt_tokens: int, max_tokens: int | None, min_tokens: int | None, make: Any
 ) -> None:
+    left = 100 - prompt_tokens
+    asked = max_tokens or (left if make is chat else min(16, left))
+    fits = 1 <= asked <= left and (min_tokens or 0) <= asked
     body = make(max_tokens=max_tokens, min_tokens=min_tokens)
-    try:
-        limit = max_tokens_of(body, prompt_tokens, 100, "prompt")
-    except InvalidRequestError:
-        asked = max_tokens or 1
-        assert prompt_tokens + asked > 100 or (min_tokens or 0) > (max_tokens or 16)
-        return
-    assert 1 <= limit <= 100 - prompt_tokens
-    assert limit >= (min_tokens or 0)
-    assert max_tokens in (None, limit)
+    if fits:
+        assert max_tokens_of(body, prompt_tokens, 100, "prompt") == asked
+    else:
+        with pytest.raises(InvalidRequestError):
+            max_tokens_of(body, prompt_tokens, 100, "prompt")
 
 
 def test_which_field_gives_the_limit() -> None:

@@ -14,6 +14,7 @@ from fastserve.proto.v1 import scheduler_pb2
 from support.waiting import eventually
 from unit.gateway.scripted_scheduler import (
     STOP,
+    UNFINISHED,
     Follower,
     ScriptedScheduler,
     assert_serves,
@@ -57,16 +58,16 @@ async def test_changes_are_told(scheduler: ScriptedScheduler) -> None:
     told: list[tuple[bool, bool]] = []
 
     def note() -> None:
-        told.append((client.connected, client.ready))
+        told.append((running.connected, running.ready))
 
-    async with running_client(scheduler.address, on_change=note) as client:
+    async with running_client(scheduler.address, on_change=note) as running:
         session, _ = await scheduler.called()
         await session.welcome(ready=False)
         await session.welcome(ready=True)
         session.end()
         await scheduler.called()
-        assert client.losses == 1
-        assert (await client.limits()).ready  # the last Welcome, though disconnected
+        assert running.losses == 1
+        assert (await running.limits()).ready  # the last Welcome, though disconnected
         assert told == [(True, False), (True, True), (False, False)]
 
 
@@ -81,7 +82,7 @@ async def test_jobs_share_the_stream(scheduler: ScriptedScheduler, client: Sched
             handles=[job_a.handle, 10**6, job_b.handle],  # the middle one is unknown
             first_indexes=[0, 3, 1],
             token_counts=[2, 1, 1],
-            finish_reasons=[STOP, 0, STOP],
+            finish_reasons=[STOP, UNFINISHED, STOP],
             tokens=[1, 2, 99, 6],
             has_logprobs=[0, 0, 0],
         )

@@ -12,6 +12,7 @@ import pytest
 from fastserve.gateway.jobs import SchedulerLostError
 from fastserve.gateway.scheduler_client import SchedulerClient
 from fastserve.proto.v1 import sampling_pb2, scheduler_pb2
+from support.waiting import eventually
 from unit.gateway.scripted_scheduler import (
     STOP,
     Follower,
@@ -90,6 +91,24 @@ async def test_cancel_without_a_stream_follows_later(
     await assert_serves(client, session)  # it is not submitted again
 
 
+async def test_cancelled_submit_that_may_have_arrived_is_not_sent_again(
+    scheduler: ScriptedScheduler, client: SchedulerClient
+) -> None:
+    session = await scheduler.session()
+    submitting = Follower(client).submit("a")
+    handle = (await session.receive("submit")).handle
+    session.end()
+    session, _ = await scheduler.called()
+    submitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    await session.welcome(ready=True)
+    assert (await session.receive("attach")).job_id == "a"
+    assert (await session.receive("cancel")).handles == [handle]
+    await session.reject(handle, NOT_FOUND)
+    await assert_serves(client, session)
+
+
 async def test_cancelled_submit_that_had_arrived_before(
     scheduler: ScriptedScheduler, client: SchedulerClient
 ) -> None:
@@ -114,13 +133,12 @@ async def test_job_that_is_cancelled_before_it_could_be_sent(
 ) -> None:
     session, _ = await scheduler.called()
     submitting = Follower(client).submit("a")
-    leaving = asyncio.ensure_future(session.welcome(ready=True))
-    await asyncio.wait({submitting}, timeout=0)  # the job is there, the Welcome is not
-    assert client.jobs == 1
+    await eventually(lambda: client.jobs == 1, "the job")
     submitting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await submitting
-    await leaving
+    assert client.jobs == 0
+    await session.welcome(ready=True)
     await assert_serves(client, session)
 
 
@@ -269,8 +287,7 @@ async def test_the_end_of_run_ends_the_jobs_and_the_stream(scheduler: ScriptedSc
 async def test_close_without_a_stream(tmp_path: Path) -> None:
     async with running_client(f"unix:{tmp_path}/nobody") as client:
         waiting = Follower(client).submit("a")
-        await asyncio.wait({waiting}, timeout=0)
-        assert client.jobs == 1
+        await eventually(lambda: client.jobs == 1, "the job")
         await client.close()
         with pytest.raises(SchedulerLostError, match="shutting down"):
             await waiting

@@ -13,6 +13,7 @@ import httpx
 from fastserve.cli.errors import CliError
 
 _TIMEOUT = httpx.Timeout(10.0, read=600.0)  # a preempted answer may be silent for long
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")  # no proxy is asked for these
 
 
 class Chat:
@@ -21,10 +22,21 @@ class Chat:
     def __init__(
         self, url: str, api_key: str | None, model: str | None, system: str | None = None
     ) -> None:
-        """`model` None: the first one that the server has."""
+        """`model` None: the first one that the server has. Raises `CliError` for no URL."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._url = url
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT)
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise CliError(f"{url} is not an address: {error}") from error
+        if address.scheme not in ("http", "https"):
+            raise CliError(f"{url} is not an address: it must begin with http:// or https://")
+        self._client = httpx.Client(
+            base_url=address,
+            headers=headers,
+            timeout=_TIMEOUT,
+            trust_env=address.host not in _LOOPBACK,
+        )
         self._model = model
         self._messages = [{"role": "system", "content": system}] if system else []
 

@@ -67,7 +67,7 @@ def up(
         str, typer.Option(help="Address to listen on.", rich_help_panel=_PLACES)
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port (0: any free one).", min=0, rich_help_panel=_PLACES)
+        int, typer.Option(help="Port (0: any free one).", min=0, max=65535, rich_help_panel=_PLACES)
     ] = 8000,
     redis_url: Annotated[
         str | None,
@@ -205,7 +205,7 @@ def chat(
     """Talk to the model; the answer streams. Without PROMPT: a conversation, until Ctrl-D."""
     running = _folder(state_dir).read() if url is None else None
     where = url or (running["url"] if running else "http://127.0.0.1:8000")
-    with Chat(where.removesuffix("/v1"), api_key, model, system) as talk:
+    with Chat(where.rstrip("/").removesuffix("/v1"), api_key, model, system) as talk:
         if prompt is not None:
             print_answer(talk.ask(prompt, max_tokens=max_tokens, temperature=temperature))
             return

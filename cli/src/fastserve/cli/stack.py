@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastserve.cli.errors import CliError
 from fastserve.cli.service import Spec, ready_file
 
 DEFAULT_MODEL_NAME: Final = "SmolLM2-135M-Instruct"
+KEYS_VARIABLE: Final = "FASTSERVE_API_KEY"  # a JSON list
 Known = dict[str, dict[str, Any]]
 
 
@@ -53,13 +55,13 @@ class Options:
     def model_name(self) -> str:
         if self.served_model_name:
             return self.served_model_name
-        return Path(self.model).name if self.model else DEFAULT_MODEL_NAME
+        return Path(self.model).absolute().name if self.model else DEFAULT_MODEL_NAME
 
     @property
     def url(self) -> str:
         """Base URL for clients on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{host}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 def flags(**values: object) -> list[str]:
@@ -72,8 +74,16 @@ def environment(options: Options) -> dict[str, str]:
     """Keys travel by environment: command lines can be read by every user of the machine."""
     env = dict(os.environ)
     if options.api_keys:
-        env["FASTSERVE_API_KEY"] = json.dumps(options.api_keys)
+        env[KEYS_VARIABLE] = json.dumps(options.api_keys)
     return env
+
+
+def make_run_folder() -> Path:
+    """A new private folder for sockets, whose paths the system limits to some 100 bytes."""
+    base = tempfile.gettempdir()
+    return Path(
+        tempfile.mkdtemp(prefix="fastserve-", dir=base if len(base.encode()) < 60 else "/tmp")
+    )
 
 
 def specs(options: Options, run: Path) -> list[Spec]:

@@ -40,8 +40,11 @@ class StateFolder:
         self._lock_fd: int | None = None
 
     def lock(self) -> None:
-        """Become the one `up` of this folder. Raises `CliError` if there is one already."""
-        fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Become the one `up` of this folder. Raises `CliError` if that cannot be."""
+        try:
+            fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CliError(f"cannot use the state folder {self.folder}: {error}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,7 +85,7 @@ def process_of(state: dict[str, Any]) -> psutil.Process | None:
     try:
         process = psutil.Process(state["pid"])
         same = abs(process.create_time() - state["started"]) < 1.0
-    except psutil.Error:
+    except (psutil.Error, KeyError, TypeError):  # gone, or no state of ours
         return None
     return process if same and process.status() != psutil.STATUS_ZOMBIE else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +18,19 @@ _KILL_S = 5.0
 class Supervisor:
     """Services by name, in the order of their start. `changed` is called whenever one moved on."""
 
-    def __init__(self, services: Sequence[Service], changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        services: Sequence[Service],
+        changed: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        stop_s: float = _STOP_S,
+    ) -> None:
+        """clock: seconds, for starts and restarts; stop_s: how long a service may take to end."""
         self.services = {service.spec.name: service for service in services}
         self._changed = changed
+        self._clock = clock
+        self._stop_s = stop_s
 
     @property
     def all_ready(self) -> bool:
@@ -35,7 +46,7 @@ class Supervisor:
 
     def step(self) -> None:
         """Look at every service once, and start those that can be started."""
-        now = time.monotonic()
+        now = self._clock()
         before = self._states()
         for service in self.services.values():
             service.poll(now)
@@ -68,10 +79,11 @@ class Supervisor:
         """
         for service in reversed(self.services.values()):
             service.signal(signal.SIGTERM)
-            if not _within(_STOP_S, lambda s=service: s.stopped() or hurry()) or hurry():  # type: ignore[misc]
+            if not _within(self._stop_s, lambda s=service: s.stopped() or hurry()) or hurry():  # type: ignore[misc]
                 service.signal(signal.SIGKILL)
                 _within(_KILL_S, service.stopped)
-            self._changed()
+            with contextlib.suppress(OSError):  # no full disk or closed terminal spares the rest
+                self._changed()
 
 
 def _within(seconds: float, done: Callable[[], bool]) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import httpx
+import psutil
 from rich.console import Console
 
 from fastserve.cli import stack
@@ -38,7 +38,8 @@ class _Stop:
         self.count = 0
         self.interrupts = False  # raise KeyboardInterrupt where it happens
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
@@ -58,11 +59,12 @@ class Deployment:
     def __init__(self, options: Options, folder: StateFolder, console: Console) -> None:
         self._options, self._folder, self._console = options, folder, console
         self._progress = Progress(console)
-        self._run = Path(tempfile.mkdtemp(prefix="fastserve-"))  # short: socket paths are limited
+        self._run = stack.make_run_folder()
         self._ready = False
-        env = stack.environment(options)
+        self._env = stack.environment(options)
         services = [
-            Service(spec, folder.log(spec.name), env) for spec in stack.specs(options, self._run)
+            Service(spec, folder.log(spec.name), self._env)
+            for spec in stack.specs(options, self._run)
         ]
         for service in services:
             service.log.write_bytes(b"")  # logs are of this run
@@ -87,16 +89,22 @@ class Deployment:
             self._welcome()
             if demo:
                 stop.interrupts = True
-                with contextlib.suppress(KeyboardInterrupt):
+                try:
                     self._demo()
+                except KeyboardInterrupt:
+                    self._console.print()  # ends the line of the answer
+                except CliError as error:
+                    self._console.print(f"no demo: {error}", markup=False)
                 stop.interrupts = False
             self.supervisor.run_until(stop.asked)
         finally:
-            self._progress.close()
-            self._console.print("stopping ...")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._progress.close()
+                self._console.print("stopping ...")
             self.supervisor.stop(hurry=stop.hurried)
             shutil.rmtree(self._run, ignore_errors=True)
-            self._console.print("stopped")
+            with contextlib.suppress(OSError):
+                self._console.print("stopped")
 
     def _start(self, stop: _Stop) -> None:
         supervisor = self.supervisor
@@ -148,7 +156,7 @@ class Deployment:
 
     def _demo(self) -> None:
         self._console.print(f"[bold]> {_DEMO_PROMPT}[/bold]")
-        keys = self._options.api_keys
+        keys = json.loads(self._env.get(stack.KEYS_VARIABLE) or "[]")
         with Chat(self.url, keys[0] if keys else None, self._options.model_name) as chat:
             print_answer(chat.ask(_DEMO_PROMPT, max_tokens=80, temperature=0.0))
         self._console.print()
@@ -168,7 +176,8 @@ def foreground(options: Options, folder: StateFolder, *, demo: bool) -> None:
 def detached(arguments: Sequence[str], options: Options, folder: StateFolder) -> None:
     """Start `up` with these arguments in the background; wait until it is ready.
 
-    Raises `CliError` with what it said if it ends before.
+    Raises `CliError` with what it said if it ends before, and KeyboardInterrupt, once it has ended,
+    after a signal.
     """
     running = folder.read()
     if running is not None:
@@ -178,9 +187,10 @@ def detached(arguments: Sequence[str], options: Options, folder: StateFolder) ->
     console = Console()
     progress = Progress(console)
     log = folder.log("up")
+    stop = _Stop()  # an exception within Popen would leave a child that nobody knows
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "fastserve.cli", "up", *arguments],
+            [sys.executable, "-m", "fastserve.cli", "up", *_without_keys(arguments)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -188,11 +198,12 @@ def detached(arguments: Sequence[str], options: Options, folder: StateFolder) ->
             env=stack.environment(options),
         )
     try:
-        state = _await_ready(child, folder, progress)
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise CliError("interrupted: stopped") from None
+        state = _await_ready(child, folder, progress, stop)
+        if stop.asked():
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            console.print("stopped")
+            raise KeyboardInterrupt
     finally:
         progress.close()
     if state is None:
@@ -201,10 +212,23 @@ def detached(arguments: Sequence[str], options: Options, folder: StateFolder) ->
     console.print("`fastserve status` looks in, `fastserve down` stops it.", highlight=False)
 
 
+def _without_keys(arguments: Sequence[str]) -> list[str]:
+    """The keys are in the environment, and out of sight of other users."""
+    words = iter(arguments)
+    kept = []
+    for word in words:
+        if word == "--api-key":
+            next(words, None)
+        elif not word.startswith("--api-key="):
+            kept.append(word)
+    return kept
+
+
 def _await_ready(
-    child: subprocess.Popen[bytes], folder: StateFolder, progress: Progress
+    child: subprocess.Popen[bytes], folder: StateFolder, progress: Progress, stop: _Stop
 ) -> dict[str, Any] | None:
-    while child.poll() is None:
+    """Its state once it is ready; None if it ended, or a signal came."""
+    while child.poll() is None and not stop.asked():
         state = folder.read()
         if state is not None and state["pid"] == child.pid:
             progress.update(state["services"])
@@ -221,10 +245,12 @@ def down(folder: StateFolder, timeout_s: float) -> str:
     process = process_of(state) if state is not None else None
     if state is None or process is None:
         return "FastServe is not running"
-    process.terminate()
     try:
+        process.terminate()
         process.wait(timeout_s)
-    except Exception as error:  # psutil.TimeoutExpired, or it is not our child
+    except psutil.NoSuchProcess:
+        return "stopped"
+    except psutil.Error as error:  # it takes too long, or it is not ours
         raise CliError(
             f"process {process.pid} has not ended after {timeout_s:.0f} s: see {folder.log('up')}"
         ) from error
@@ -244,6 +270,6 @@ def _why(service: Service) -> str:
 def _answers(url: str) -> bool:
     """Whether the gateway has a scheduler that has a worker."""
     try:
-        return httpx.get(f"{url}/readyz", timeout=2.0).status_code == 200
+        return httpx.get(f"{url}/readyz", timeout=2.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False

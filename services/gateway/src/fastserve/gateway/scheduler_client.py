@@ -144,7 +144,10 @@ class SchedulerClient:
         """
         if job.handle in self._jobs and not job.dropped:
             job.dropped = job.detached = True
-            asyncio.get_running_loop().call_later(grace_s, self._end_grace, job)
+            if self._stream is None:
+                del self._jobs[job.handle]  # the next stream would carry a Cancel
+            else:
+                asyncio.get_running_loop().call_later(grace_s, self._end_grace, job)
 
     def _end_grace(self, job: Job) -> None:
         if self._jobs.pop(job.handle, None) is not None and self._stream is not None:
@@ -257,7 +260,7 @@ class SchedulerClient:
                 log.error("the scheduler left tokens out", reason=str(error))
                 self.cancel(job)
                 job.fail(SchedulerLostError("tokens of the answer were lost"))
-            if job.finish:
+            if entry.finish:
                 del self._jobs[job.handle]
 
     def _rejected(self, job: Job, rejected: scheduler_pb2.Rejected) -> None:
