@@ -99,7 +99,7 @@ async def test_event_ids_are_token_indexes(stack: Stack) -> None:
     # The emoji takes several tokens and has no event before the last of them.
     emoji = len(tokens_of(stack, "😀"))
     assert emoji > 1
-    assert ids[0] == emoji - 1
+    assert ids[0] >= emoji - 1  # more if tokens after it came in the same read
     assert ids[-1] == len(tokens_of(stack, "😀 one two"))
     assert all(event_id is not None for event_id, data in events if data != "[DONE]")
 
