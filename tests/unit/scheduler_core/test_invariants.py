@@ -12,12 +12,14 @@ from fastserve.scheduler.core import (
     Inventory,
     JobSpec,
     JobState,
+    KvStrategy,
     Progress,
     RejectReason,
     Scheduler,
     SchedulerConfig,
     WorkerInfo,
 )
+from fastserve.scheduler.core.policies import POLICIES
 from support.worker_model import WorkerModel, token_of, worker_info
 
 MAX_LEN = 64
@@ -27,7 +29,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     """One scheduler, one or two workers, everything that can happen to them."""
 
     @initialize(
-        policy=st.sampled_from(["skip-join-mlfq", "mlfq", "fcfs"]),
+        policy=st.sampled_from(sorted(POLICIES)),
+        kv_strategy=st.sampled_from(list(KvStrategy)),
         lease=st.integers(1, 5),
         partial=st.integers(1, 3),
         look_ahead=st.integers(1, 8),
@@ -39,6 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(
         self,
         policy: str,
+        kv_strategy: KvStrategy,
         lease: int,
         partial: int,
         look_ahead: int,
@@ -51,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             SchedulerConfig(
                 policy=policy,
+                kv_strategy=kv_strategy,
                 lease=lease,
                 max_partial_prefills=partial,
                 look_ahead=look_ahead,

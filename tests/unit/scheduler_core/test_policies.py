@@ -8,6 +8,7 @@ import pytest
 
 from fastserve.scheduler.core import (
     CostSample,
+    Inventory,
     Job,
     JobSpec,
     JobState,
@@ -16,7 +17,14 @@ from fastserve.scheduler.core import (
     UnknownPolicyError,
 )
 from fastserve.scheduler.core.cost_model import CostModel
-from fastserve.scheduler.core.policies import Fcfs, Mlfq, Policy, SkipJoinMlfq
+from fastserve.scheduler.core.policies import POLICIES, Policy
+from fastserve.scheduler.core.policies.fastserve import FastServe
+from fastserve.scheduler.core.policies.fcfs import Fcfs
+from fastserve.scheduler.core.policies.fixed_priority import FixedPriority
+from fastserve.scheduler.core.policies.hrrn import Hrrn
+from fastserve.scheduler.core.policies.mlfq import Mlfq, SkipJoinMlfq
+from fastserve.scheduler.core.policies.srpt import Srpt
+from support.worker_model import worker_info
 
 DECODE_S, TOKEN_S = 0.010, 0.002  # q1, and what a prompt token adds
 PREFILL = CostSample(1, 101, 101, DECODE_S + 100 * TOKEN_S)
@@ -30,14 +38,17 @@ def policy_of(kind: type[Policy], **config: float) -> Policy:
     return kind(values, cost, rows=8, budget=512, place=lambda: next(places))
 
 
-def job_of(number: int, prompt: int = 1, priority: int = 0) -> Job:
-    spec = JobSpec(f"j{number}", tuple(range(prompt)), 50, 0.0, priority=priority)
-    return Job(spec, number, 0.0)
+def job_of(
+    number: int, prompt: int = 1, priority: int = 0, arrival: float = 0.0, max_tokens: int = 50
+) -> Job:
+    spec = JobSpec(f"j{number}", range(prompt), max_tokens, arrival, priority=priority)
+    return Job(spec, number, arrival)
 
 
 def joined(policy: Policy, *jobs: Job) -> list[Job]:
     for job in jobs:
         policy.join(job)
+        policy.admit(job)
     return list(jobs)
 
 
@@ -119,8 +130,89 @@ def test_fcfs_goes_by_arrival_and_never_takes_a_row_away() -> None:
     assert not policy.promote(old, 1e9)
 
 
+def test_fixed_priority_goes_by_prompt_whatever_was_used() -> None:
+    policy = policy_of(FixedPriority)
+    long, short, urgent = joined(policy, job_of(0, 9), job_of(1, 3), job_of(2, 99, priority=-1))
+    assert not policy.charge(short, 100.0)
+    assert order(policy, [long, short, urgent]) == ["j2", "j1", "j0"]
+    assert policy.promote(long, 1e9)
+    assert order(policy, [long, short, urgent]) == ["j0", "j2", "j1"]
+
+
+def test_hrrn_lets_short_ones_pass_until_long_ones_waited_enough() -> None:
+    policy = policy_of(Hrrn)
+    # Prefills of 208 and 20 ms.
+    long, short = joined(policy, job_of(0, 100), job_of(1, 6, arrival=1.0))
+    assert policy.resort(1.05, 2)
+    assert order(policy, [short, long]) == ["j0", "j1"]  # 1.05 / 0.208 > 0.05 / 0.02
+    assert not policy.resort(1.1, 2)  # not at every plan
+    assert policy.resort(2.0, 2)
+    assert order(policy, [long, short]) == ["j1", "j0"]  # 2 / 0.208 < 1 / 0.02
+    long.state = JobState.RUNNING
+    assert order(policy, [long, short]) == ["j0", "j1"]
+
+
+def test_srpt_goes_by_what_is_left() -> None:
+    policy = policy_of(Srpt)
+    long, short, prompt = joined(
+        policy, job_of(0, max_tokens=40), job_of(1, max_tokens=30), job_of(2, 100, max_tokens=15)
+    )
+    assert order(policy, [long, short, prompt]) == ["j1", "j2", "j0"]  # a prefill of 21 decodes
+    long.output.extend(range(20))
+    assert policy.charge(long, DECODE_S)
+    prompt.output.append(0)
+    assert policy.charge(prompt, DECODE_S)
+    assert order(policy, [long, short, prompt]) == ["j2", "j0", "j1"]
+
+
+def test_in_fastserve_a_level_is_a_handicap_in_time() -> None:
+    policy = policy_of(FastServe)
+    weight = 0.75 * 256 * DECODE_S  # nothing has ended yet, nobody waits
+    old, soon, late = joined(
+        policy, job_of(0), job_of(1, arrival=0.9 * weight), job_of(2, arrival=1.1 * weight)
+    )
+    assert order(policy, [old, soon, late]) == ["j0", "j1", "j2"]
+    assert policy.charge(old, DECODE_S) and old.level == 1
+    assert order(policy, [old, soon, late]) == ["j1", "j0", "j2"]
+
+
+def test_in_fastserve_the_handicap_follows_the_backlog() -> None:
+    policy = policy_of(FastServe)  # 8 rows
+    old, late = joined(policy, job_of(0), job_of(1, arrival=7 * 256 * DECODE_S))
+    policy.charge(old, DECODE_S)
+    assert order(policy, [old, late]) == ["j0", "j1"]
+    assert not policy.resort(0.0, 1)  # less than what it is with nobody waiting
+    assert policy.resort(0.0, 80)
+    assert order(policy, [old, late]) == ["j1", "j0"]
+    assert policy.resort(0.0, 0)
+    assert order(policy, [old, late]) == ["j0", "j1"]
+
+
+def test_in_fastserve_the_handicap_follows_what_jobs_take() -> None:
+    policy = policy_of(FastServe)
+    old, late = joined(policy, job_of(0), job_of(1, arrival=10 * 256 * DECODE_S))
+    policy.charge(old, DECODE_S)
+    for number in range(2, 300):
+        (ended,) = joined(policy, job_of(number))
+        ended.attained = 20 * 256 * DECODE_S
+        policy.leave(ended)
+    assert policy.resort(0.0, 0)
+    assert order(policy, [old, late]) == ["j1", "j0"]
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_orders_a_restored_job(name: str) -> None:
+    scheduler = Scheduler(SchedulerConfig(policy=name))
+    spec = JobSpec("j", range(5), 9, 0.0)
+    scheduler.restore(spec, [7, 8], level=2, attained=0.1, preemptions=1, now=0.0)
+    scheduler.add_worker(worker_info(), Inventory(), 0.0)
+    plan = scheduler.plan("w", 0.0)
+    assert plan is not None and [row.job.job_id for row in plan.rows] == ["j"]
+    scheduler.check_integrity()
+
+
 def test_unknown_policies_are_refused_with_those_that_exist() -> None:
-    with pytest.raises(UnknownPolicyError, match="skip-join-mlfq, mlfq, fcfs"):
+    with pytest.raises(UnknownPolicyError, match="fastserve, skip-join-mlfq, mlfq, fcfs"):
         Scheduler(SchedulerConfig(policy="lottery"))
 
 

@@ -116,6 +116,7 @@ class Group:
     def add(self, job: Job) -> None:
         """A waiting job that has its level and its place, and waits from now on."""
         job.worker_id = self.info.worker_id
+        self.policy.admit(job)
         self.queue.add(job)
         self.waiting[job] = None
 

@@ -23,6 +23,7 @@ class Job:
         "key",
         "kv",
         "level",
+        "limit",
         "max_len",
         "named",
         "op",
@@ -54,6 +55,7 @@ class Job:
         self.key: tuple[float, ...] = ()  # where it stands in its queue
         self.level = 0
         self.attained = 0.0  # seconds of service it was charged for
+        self.limit = 0.0  # what the policy noted of it when it came to its group
         self.used = 0.0  # seconds of the quantum of its level
         self.place = seq  # order within its level
         self.boosted = False  # promoted out of starvation, before level 0

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from fastserve.scheduler.core.draft import Draft, host_need
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.types import JobState, KvOpKind, KvState
+from fastserve.scheduler.core.types import JobState, KvOpKind, KvState, KvStrategy
 
 # More of the device than this is never kept idle.
 _LARGEST_RESERVE = 0.25
@@ -34,6 +34,8 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     else each could hold what the other needs.
     """
     coming = draft.spare(resident=job.booked > 0) + draft.leaving
+    if draft.group.config.kv_strategy is KvStrategy.DEFER and not (job.booked or starving):
+        return coming
     any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
     worse = [
         victim
@@ -107,6 +109,8 @@ def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) 
         draft.operate(KvOpKind.DROP_DEVICE, victim)  # the host copy is complete
         return True
     missing = host_need(group, victim) - victim.host_booked - group.host_free
+    if group.config.kv_strategy is KvStrategy.RECOMPUTE:
+        missing = max(missing, 1)  # as if the host were full
     if missing <= 0:
         draft.operate(KvOpKind.OFFLOAD, victim)
         return True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 from fastserve.scheduler.core import kv_planner
 from fastserve.scheduler.core.draft import Draft
@@ -14,6 +15,7 @@ from fastserve.scheduler.core.types import (
     JobState,
     KvOpKind,
     KvState,
+    KvStrategy,
     Plan,
     PlanRow,
     PreemptMode,
@@ -30,13 +32,16 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
     _promote(group, now, tell, counters)
+    if group.policy.resort(now, len(group.waiting)):
+        group.queue.resort()
     group.host_closed = now < group.host_reopens
     draft = Draft(group)
     draft.release_ended()
-    order = _first(group)
-    _choose_rows(draft, order, now)
-    kv_planner.keep_reserve(draft)
-    kv_planner.bring_back(draft, order)
+    head = _head(group)
+    _choose_rows(draft, chain(head, _behind(group, head)), now)
+    if group.config.kv_strategy is KvStrategy.PROACTIVE:
+        kv_planner.keep_reserve(draft)
+        kv_planner.bring_back(draft, head)
     _stop_others(draft, now, tell, counters)
     for row in draft.rows:
         if row.job.state is not JobState.RUNNING:
@@ -48,13 +53,16 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     return Plan(group.send(lease, draft.rows), lease, draft.rows, draft.ops)
 
 
-def _first(group: Group) -> list[Job]:
-    """As much of the order as a plan looks at: its head, and whoever can run without moving."""
+def _head(group: Group) -> list[Job]:
+    """As much of the order as a plan looks at."""
     most = group.max_rows + group.config.look_ahead + len(group.ops)
-    head = [job for job, _ in zip(group.queue, range(most), strict=False)]
+    return list(islice(group.queue, most))
+
+
+def _behind(group: Group, head: list[Job]) -> Iterator[Job]:
+    """Whoever can run without moving, in order; only sorted out if the head leaves rows."""
     seen = set(head)
-    rest = [job for job in group.resident if job not in seen]
-    return head + sorted(rest, key=lambda job: job.key)
+    yield from sorted((job for job in group.resident if job not in seen), key=lambda job: job.key)
 
 
 def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> None:
@@ -68,7 +76,7 @@ def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> No
         tell(job, EventKind.PROMOTED, now)
 
 
-def _choose_rows(draft: Draft, order: list[Job], now: float) -> None:
+def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     group = draft.group
     tokens_left = group.max_tokens
     partial_prefills = passed = 0

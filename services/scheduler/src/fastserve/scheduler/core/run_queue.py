@@ -37,3 +37,9 @@ class RunQueue:
         """What its key depends on has changed."""
         self.remove(job)
         self.add(job)
+
+    def resort(self) -> None:
+        """All keys may have changed."""
+        for _, job in self._entries:
+            job.key = self._key(job)
+        self._entries = sorted((job.key, job) for _, job in self._entries)

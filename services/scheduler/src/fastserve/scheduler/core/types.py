@@ -79,6 +79,15 @@ class KvStatus(StrEnum):
     LOST = auto()
 
 
+class KvStrategy(StrEnum):
+    """What becomes of KV caches when the device is full (FastServe paper, section 5)."""
+
+    PROACTIVE = auto()  # leave before it is full, come back before they are needed
+    REACTIVE = auto()  # leave when it is full, come back when they are needed
+    RECOMPUTE = auto()  # are dropped
+    DEFER = auto()  # stay; newcomers wait
+
+
 class PreemptReason(StrEnum):
     """Why a running job lost its row."""
 
@@ -120,7 +129,7 @@ class JobSpec:
     """
 
     job_id: str
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]  # token ids
     max_tokens: int
     arrival: float
     tenant: str = "default"
@@ -190,8 +199,7 @@ class RowResult(NamedTuple):
     computed: int
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A token sampled for output position `index`; `finish` if the job ended with it."""
 
     job_id: str
@@ -227,8 +235,7 @@ class Report:
     context_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptedToken:
+class AcceptedToken(NamedTuple):
     """A new output token. `sampled_position` is its place in `Report.sampled`."""
 
     job_id: str
@@ -302,6 +309,7 @@ class SchedulerConfig:
     quantum_ratio: float = 2.0
     starvation_s: float = 3.0  # alpha: waiting time after which a job is promoted
     promotion_share: float = 0.25  # of the rows, at the most, for promoted jobs
+    kv_strategy: KvStrategy = KvStrategy.PROACTIVE
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -312,6 +320,9 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.kv_strategy not in list(KvStrategy):
+            known = ", ".join(KvStrategy)
+            raise ValueError(f"kv_strategy {self.kv_strategy!r} is unknown: choose one of {known}")
         if not self.quantum_ratio > 1:
             raise ValueError(f"quantum_ratio must be greater than 1, not {self.quantum_ratio}")
         if not self.starvation_s > 0:

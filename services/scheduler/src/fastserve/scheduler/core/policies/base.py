@@ -49,6 +49,9 @@ class Policy(ABC):
         """A new job: choose its level and its place."""
         job.place = self.next_place()
 
+    def admit(self, job: Job) -> None:  # noqa: B027  # most have nothing to note
+        """A job comes to this group, new or from elsewhere: note what its key needs."""
+
     def charge(self, job: Job, seconds: float) -> bool:
         """The job had so much service. True if its level or its place changed."""
         return False
@@ -59,3 +62,36 @@ class Policy(ABC):
 
     def leave(self, job: Job) -> None:  # noqa: B027  # most have nothing to do
         """The job is over or goes to another group."""
+
+    def resort(self, now: float, waiting: int) -> bool:
+        """Whether keys have changed as time went by: then the whole queue is sorted anew.
+
+        waiting: jobs without a row. Asked before every plan; should rarely say yes.
+        """
+        return False
+
+
+class Promoting(Policy):
+    """Lifts jobs that wait for too long before all others, but only to a share of the rows at a
+    time, so that overload does not turn into round robin."""
+
+    _lifted = 0  # jobs that stand before the others
+
+    def promote(self, job: Job, now: float) -> bool:
+        if now - job.wait_since < self.config.starvation_s:
+            return False
+        if self._lifted >= max(1, int(self.rows * self.config.promotion_share)):
+            return False
+        self._lifted += 1
+        job.boosted, job.level, job.used = True, 0, 0.0
+        job.place = self.next_place()
+        return True
+
+    def leave(self, job: Job) -> None:
+        self.settle(job)
+
+    def settle(self, job: Job) -> None:
+        """It stands among the others again."""
+        if job.boosted:
+            job.boosted = False
+            self._lifted -= 1

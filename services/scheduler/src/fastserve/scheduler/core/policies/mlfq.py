@@ -14,18 +14,17 @@ this is what is done here:
 from __future__ import annotations
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key, Policy
+from fastserve.scheduler.core.policies.base import Key, Promoting
 from fastserve.scheduler.core.types import JobState
 
 _LIFTED = -1.0
 
 
-class Mlfq(Policy):
+class Mlfq(Promoting):
     """Every job begins at the highest level."""
 
     name = "mlfq"
     preemptive = True
-    _lifted = 0  # jobs that are before level 0
 
     def key(self, job: Job) -> Key:
         level = _LIFTED if job.boosted else job.level
@@ -52,23 +51,8 @@ class Mlfq(Policy):
             job.level += 1
             quantum = self.quantum(job.level)
         job.place = self.next_place()
-        self.leave(job)
+        self.settle(job)
         return True
-
-    def promote(self, job: Job, now: float) -> bool:
-        if now - job.wait_since < self.config.starvation_s:
-            return False
-        if self._lifted >= max(1, int(self.rows * self.config.promotion_share)):
-            return False
-        self._lifted += 1
-        job.boosted, job.level, job.used = True, 0, 0.0
-        job.place = self.next_place()
-        return True
-
-    def leave(self, job: Job) -> None:
-        if job.boosted:
-            job.boosted = False
-            self._lifted -= 1
 
 
 class SkipJoinMlfq(Mlfq):
