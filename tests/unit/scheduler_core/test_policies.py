@@ -167,7 +167,7 @@ def test_srpt_goes_by_what_is_left() -> None:
 
 def test_in_fastserve_a_level_is_a_handicap_in_time() -> None:
     policy = policy_of(FastServe)
-    weight = 0.75 * 256 * DECODE_S  # nothing has ended yet, nobody waits
+    weight = 256 * DECODE_S  # nothing has ended yet, nobody waits
     old, soon, late = joined(
         policy, job_of(0), job_of(1, arrival=0.9 * weight), job_of(2, arrival=1.1 * weight)
     )

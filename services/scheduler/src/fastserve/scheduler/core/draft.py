@@ -78,4 +78,5 @@ class Draft:
 def host_need(group: Group, job: Job) -> int:
     """Host blocks it may hold once it was offloaded; a part-filled block is stored anew first."""
     partial = bool(job.host_tokens % group.info.block_size)
-    return max(group.blocks(job.bound()), group.blocks(job.host_tokens)) + partial
+    most = max(job.bound(group.pending(job)), job.host_tokens)
+    return group.blocks(most) + partial

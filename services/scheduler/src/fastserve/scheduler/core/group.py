@@ -69,6 +69,7 @@ class Group:
     device_used: int = 0
     host_used: int = 0
     plans: deque[SentPlan] = field(default_factory=deque)
+    outstanding: int = 0  # iterations that may still run under them
     plan_id: int = 0
     iteration: int = 0
     op_id: int = 0
@@ -172,10 +173,19 @@ class Group:
 
     def need(self, job: Job, iterations: int) -> int:
         """Device blocks it may need within so many iterations more, those it has included."""
-        tokens = job.bound(iterations)
+        tokens = job.bound(self.pending(job) + iterations)
         if job.kv is KvState.UPLOADING or job.kv is KvState.HOST:
             tokens = max(tokens, job.host_tokens)
         return self.blocks(tokens)
+
+    def pending(self, job: Job) -> int:
+        """Iterations it may still run under plans that were sent, at the most."""
+        plans = self.plans
+        if not plans or job.last_plan < plans[0].plan_id:
+            return 0
+        if job.last_plan == plans[-1].plan_id:
+            return self.outstanding
+        return sum(plan.lease_left for plan in plans if plan.plan_id <= job.last_plan)
 
     def book_host(self, job: Job, blocks: int) -> None:
         self.host_used += blocks - job.host_booked
@@ -216,9 +226,10 @@ class Group:
         """Note a plan that goes out; returns its id. Its rows are booked already."""
         self.plan_id += 1
         self.plans.append(SentPlan(self.plan_id, lease, rows))
-        for row in rows:
-            row.job.pending += lease
-            row.job.named = True
+        self.outstanding += lease
+        for job, _ in rows:
+            job.last_plan = self.plan_id
+            job.named = True
         return self.plan_id
 
     def reached(self, plan_id: int, iterations: int) -> None:
@@ -229,11 +240,11 @@ class Group:
             plan = self.plans[0]
             if plan.lease_left:
                 plan.lease_left -= 1
-                for row in plan.rows:
-                    row.job.pending -= 1
+                self.outstanding -= 1
 
     def _unplan(self, plan: SentPlan) -> None:
-        for row in plan.rows:
-            row.job.pending -= plan.lease_left
-            if row.job.live:
-                self.book(row.job)
+        """It is over. Jobs of newer plans are booked anew with the next one."""
+        self.outstanding -= plan.lease_left
+        for job, _ in plan.rows:
+            if job.last_plan == plan.plan_id and job.live:
+                self.book(job)

@@ -22,6 +22,7 @@ class Job:
         "host_tokens",
         "key",
         "kv",
+        "last_plan",
         "level",
         "limit",
         "max_len",
@@ -29,7 +30,6 @@ class Job:
         "op",
         "output",
         "peak",
-        "pending",
         "place",
         "preemptions",
         "prompt_len",
@@ -70,7 +70,7 @@ class Job:
         self.drops = 0  # times it lost its KV cache to make room
         self.peak = 0  # most tokens that were ever computed
         self.op: KvOpKind | None = None  # the KV operation under way: one at a time
-        self.pending = 0  # iterations it may still run under plans that were sent
+        self.last_plan = 0  # the newest plan of its group that has a row for it
         self.booked = 0  # device blocks that nobody else may have
         self.host_booked = 0  # likewise on the host
         self.named = False  # the worker knows it: it must hear of its end
@@ -94,9 +94,9 @@ class Job:
         """Not ended."""
         return self.state in _LIVE
 
-    def bound(self, extra: int = 0) -> int:
-        """Most tokens it can have in device KV once `extra` more iterations were planned."""
-        tokens = self.prompt_len + len(self.output) + self.pending + extra
+    def bound(self, iterations: int) -> int:
+        """Most tokens it can have in device KV after so many iterations more."""
+        tokens = self.prompt_len + len(self.output) + iterations
         return tokens if tokens < self.max_len else self.max_len
 
     def __repr__(self) -> str:

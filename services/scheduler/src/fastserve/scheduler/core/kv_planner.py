@@ -105,7 +105,7 @@ def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) 
     group = draft.group
     if victim.op is not None:
         return False
-    if victim.host_tokens >= victim.computed and not victim.pending:
+    if victim.host_tokens >= victim.computed and not group.pending(victim):
         draft.operate(KvOpKind.DROP_DEVICE, victim)  # the host copy is complete
         return True
     missing = host_need(group, victim) - victim.host_booked - group.host_free

@@ -81,14 +81,16 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     tokens_left = group.max_tokens
     partial_prefills = passed = 0
     behind = len(group.queue)
+    max_rows, lease = group.max_rows, group.config.lease
     for job in order:
         behind -= 1
         if job.op is not None or (passed > group.config.look_ahead and not job.booked):
             continue
-        if not _has_room(draft, job, now):
+        need = group.need(job, lease)
+        if (need > job.booked or job.kv is KvState.HOST) and not _has_room(draft, job, need, now):
             passed += 1
         else:
-            rows_left = group.max_rows - len(draft.rows) - 1
+            rows_left = max_rows - len(draft.rows) - 1
             # One token for everyone behind: a prompt must not stop the decodes of others.
             tokens = min(job.remaining, max(tokens_left - min(rows_left, behind), 1))
             partial = tokens < job.remaining
@@ -97,16 +99,21 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
                 continue
             partial_prefills += partial
             tokens_left -= tokens
-            _give_row(draft, job, tokens)
-        if len(draft.rows) == group.max_rows or not tokens_left:
+            if job.kv is not KvState.DEVICE:
+                _settle(group, job)
+            if need != job.booked:
+                group.book(job, lease)
+            draft.rows.append(PlanRow(job, tokens))
+            draft.chosen.add(job)
+        if len(draft.rows) == max_rows or not tokens_left:
             return
 
 
-def _has_room(draft: Draft, job: Job, now: float) -> bool:
-    """Whether it can have a row now. If not, see that it can soon."""
+def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
+    """Whether it can have a row now, with `need` blocks in all. If not, see that it can soon."""
     group = draft.group
     resident = job.booked > 0
-    more = group.need(job, group.config.lease) - job.booked
+    more = need - job.booked
     if more > draft.spare(resident=resident):
         starving = now - job.wait_since >= group.config.starvation_s
         coming = kv_planner.make_room(draft, job, more, starving=starving)
@@ -124,16 +131,12 @@ def _has_room(draft: Draft, job: Job, now: float) -> bool:
     return True
 
 
-def _give_row(draft: Draft, job: Job, tokens: int) -> None:
-    group = draft.group
+def _settle(group: Group, job: Job) -> None:
+    """It begins on the device, with nothing computed."""
     if job.kv is KvState.NONE:
         group.note_newcomer(job)
-    if job.kv is not KvState.DEVICE:
-        job.kv = KvState.DEVICE
-        group.resident[job] = None
-    group.book(job, group.config.lease)
-    draft.rows.append(PlanRow(job, tokens))
-    draft.chosen.add(job)
+    job.kv = KvState.DEVICE
+    group.resident[job] = None
 
 
 def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -> None:
@@ -162,6 +165,7 @@ def _goes_on(group: Group, rows: list[PlanRow]) -> bool:
     if not group.plans:
         return not rows
     last = group.plans[-1]
-    before = [(row.job, min(row.tokens, row.job.remaining)) for row in last.rows if row.job.live]
-    same = before == [(row.job, row.tokens) for row in rows]
-    return same and (not rows or last.lease_left > group.config.lease // 2)
+    if rows and last.lease_left <= group.config.lease // 2:
+        return False
+    before = [(job, min(tokens, job.remaining)) for job, tokens in last.rows if job.live]
+    return before == rows

@@ -62,17 +62,21 @@ class ReportReader:
         total = sum(row.new_tokens for row in report.rows)
         sample = CostSample(len(report.rows), total, report.context_tokens, report.seconds)
         group.cost.observe(sample)
-        for row in report.rows:
-            job = self._of_group(group, row.job_id)
+        decode = _own_share(group, sample, 1)
+        for job_id, new_tokens, computed in report.rows:
+            job = self._of_group(group, job_id)
             if job is None:
                 continue
-            again = min(row.computed, job.peak) - (row.computed - row.new_tokens)
+            if computed > job.peak:
+                again = job.peak - (computed - new_tokens)
+                job.peak = computed
+            else:
+                again = new_tokens
             if again > 0:
                 self._counters["tokens.recomputed"] += again
-            job.peak = max(job.peak, row.computed)
             if job.op is not KvOpKind.DROP_DEVICE:  # else it is gone by now
-                job.computed = row.computed
-            seconds = _own_share(group, sample, row.new_tokens)
+                job.computed = computed
+            seconds = decode if new_tokens == 1 else _own_share(group, sample, new_tokens)
             job.attained += seconds
             level = job.level
             if group.policy.charge(job, seconds):
@@ -99,10 +103,6 @@ class ReportReader:
                 reason = FinishReason.LENGTH
             if reason is not None:
                 self._finish(group, job.job_id, reason, "", progress, now)
-        for row in report.rows:
-            job = self._of_group(group, row.job_id)
-            if job is not None:
-                group.book(job)
 
     def _finish(
         self,

@@ -8,30 +8,60 @@ from collections.abc import Callable, Iterator
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key
 
+_Entry = tuple[Key, Job]
+_LONGEST = 512  # entries of a run
+
 
 class RunQueue:
-    """A sorted list: changes cost a binary search and a move of memory, walking from the front is
-    as long as the walk."""
+    """A sorted sequence in runs of bounded length.
+
+    A change costs two binary searches and the move of one run's memory, however many jobs wait;
+    walking from the front is as long as the walk.
+    """
 
     def __init__(self, key: Callable[[Job], Key]) -> None:
         self._key = key
-        self._entries: list[tuple[Key, Job]] = []
+        self._runs: list[list[_Entry]] = []
+        self._last: list[Key] = []  # the largest key of each run
+        self._size = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._size
 
     def __iter__(self) -> Iterator[Job]:
         """Best first. The queue must not change while it is walked."""
-        return (job for _, job in self._entries)
+        for run in self._runs:
+            for _, job in run:
+                yield job
 
     def add(self, job: Job) -> None:
-        job.key = self._key(job)
-        insort(self._entries, (job.key, job))
+        job.key = key = self._key(job)
+        self._size += 1
+        if not self._runs:
+            self._runs.append([(key, job)])
+            self._last.append(key)
+            return
+        at = min(bisect_left(self._last, key), len(self._runs) - 1)
+        run = self._runs[at]
+        insort(run, (key, job))
+        if len(run) > _LONGEST:
+            half = len(run) // 2
+            self._runs[at : at + 1] = [run[:half], run[half:]]
+            self._last[at : at + 1] = [run[half - 1][0], run[-1][0]]
+        else:
+            self._last[at] = run[-1][0]
 
     def remove(self, job: Job) -> None:
-        at = bisect_left(self._entries, (job.key,))  # shorter than the entry: sorts right before it
-        assert self._entries[at][1] is job
-        del self._entries[at]
+        at = bisect_left(self._last, job.key)
+        run = self._runs[at]
+        place = bisect_left(run, (job.key,))  # shorter than the entry: sorts right before it
+        assert run[place][1] is job
+        del run[place]
+        self._size -= 1
+        if run:
+            self._last[at] = run[-1][0]
+        else:
+            del self._runs[at], self._last[at]
 
     def update(self, job: Job) -> None:
         """What its key depends on has changed."""
@@ -40,6 +70,10 @@ class RunQueue:
 
     def resort(self) -> None:
         """All keys may have changed."""
-        for _, job in self._entries:
+        jobs = list(self)
+        for job in jobs:
             job.key = self._key(job)
-        self._entries = sorted((job.key, job) for _, job in self._entries)
+        entries = sorted((job.key, job) for job in jobs)
+        half = _LONGEST // 2
+        self._runs = [entries[at : at + half] for at in range(0, len(entries), half)]
+        self._last = [run[-1][0] for run in self._runs]

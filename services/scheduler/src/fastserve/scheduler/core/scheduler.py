@@ -127,7 +127,7 @@ class Scheduler:
                 self.counters["preemptions.worker_lost.recompute"] += 1
                 self._tell(job, EventKind.PREEMPTED, now)
             job.kv = KvState.DROPPED if job.peak else KvState.NONE
-            job.computed = job.host_tokens = job.booked = job.host_booked = job.pending = 0
+            job.computed = job.host_tokens = job.booked = job.host_booked = job.last_plan = 0
             job.op, job.named = None, False
             home = self._home(job.max_len)
             if home is None:
@@ -327,7 +327,8 @@ def _check_group(group: Group) -> None:
         planned = sum(
             plan.lease_left for plan in group.plans for row in plan.rows if row.job is job
         )
-        _demand(job.pending == planned, f"{job}: pending {job.pending}, not {planned}")
+        pending = group.pending(job)
+        _demand(pending >= planned, f"{job}: pending {pending}, but {planned} planned")
         _demand((job in group.resident) == (job.kv is KvState.DEVICE), f"{job}: residence")
 
 

@@ -203,7 +203,7 @@ class SampledToken(NamedTuple):
     """A token sampled for output position `index`; `finish` if the job ended with it."""
 
     job_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method that nobody needs
     token: int
     finish: FinishReason | None = None
 
@@ -239,7 +239,7 @@ class AcceptedToken(NamedTuple):
     """A new output token. `sampled_position` is its place in `Report.sampled`."""
 
     job_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method that nobody needs
     token: int
     sampled_position: int
 

@@ -6,11 +6,11 @@ go by `arrival + weight * level`. A newcomer overtakes whoever is `d` levels dow
 came more than `weight * d` seconds earlier. With a weight of 0 this is first come, first served,
 with an infinite one skip-join MLFQ.
 
-The weight follows the load, in units of what an average job takes: `mean service * max(0.75, 1.2 *
-waiting / rows)`. The second term is about the time in which the present backlog would be served. A
-fixed weight is either too timid under overload, where the backlog makes all jobs old, or too bold
-at moderate load, where there is hardly any mean to win and only a tail to lose. docs/evaluation.md
-has the figures.
+The weight follows the load, in units of what an average job takes: `mean service * max(1,
+min(x^2, 2 x))`, x being the backlog in full batches. A fixed weight is either too timid under
+overload, where the backlog makes all jobs old, or too bold at moderate load, where there is hardly
+any mean to win and only a tail to lose. The square keeps bursts at moderate load from raising it.
+docs/evaluation.md has the figures.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key
 from fastserve.scheduler.core.policies.mlfq import SkipJoinMlfq
 
-_AT_LEAST: Final = 0.75  # weight with no backlog, in mean services
-_PER_BACKLOG: Final = 1.2  # weight per full batch that waits, in mean services
 _FIRST_GUESS: Final = 256  # decode iterations of a job before any was seen to end
 _NEWEST: Final = 0.01  # share of the newest job in the mean service
 _CHANGE: Final = 0.1  # relative change of the weight that makes sorting anew worth while
@@ -40,7 +38,7 @@ class FastServe(SkipJoinMlfq):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._service = _FIRST_GUESS * self.cost.decode_s
-        self._weight = _AT_LEAST * self._service
+        self._weight = self._service
 
     def key(self, job: Job) -> Key:
         return (job.spec.priority, job.spec.arrival + self._weight * job.level, job.place)
@@ -52,7 +50,8 @@ class FastServe(SkipJoinMlfq):
         self._service += _NEWEST * (job.attained - self._service)
 
     def resort(self, now: float, waiting: int) -> bool:
-        weight = self._service * max(_AT_LEAST, _PER_BACKLOG * waiting / self.rows)
+        backlog = waiting / self.rows
+        weight = self._service * max(1.0, min(backlog**2, 2 * backlog))
         if abs(weight - self._weight) <= _CHANGE * self._weight:
             return False
         self._weight = weight
