@@ -39,9 +39,21 @@ def policy_of(kind: type[Policy], **config: float) -> Policy:
 
 
 def job_of(
-    number: int, prompt: int = 1, priority: int = 0, arrival: float = 0.0, max_tokens: int = 50
+    number: int,
+    prompt: int = 1,
+    priority: int = 0,
+    arrival: float = 0.0,
+    max_tokens: int = 50,
+    service_class: str = "default",
 ) -> Job:
-    spec = JobSpec(f"j{number}", range(prompt), max_tokens, arrival, priority=priority)
+    spec = JobSpec(
+        f"j{number}",
+        range(prompt),
+        max_tokens,
+        arrival,
+        priority=priority,
+        service_class=service_class,
+    )
     return Job(spec, number, arrival)
 
 
@@ -92,10 +104,11 @@ def test_a_job_sinks_as_far_as_its_use_calls_for_and_the_rest_counts() -> None:
     assert job.used == pytest.approx(3 * DECODE_S)
 
 
-def test_order_level_then_priority_then_row_then_place() -> None:
+def test_order_priority_then_level_then_row_then_place() -> None:
     policy = policy_of(Mlfq)
     a, b, c, d = joined(policy, job_of(0), job_of(1), job_of(2, priority=-1), job_of(3))
     policy.charge(a, DECODE_S)
+    policy.charge(c, 100 * DECODE_S)
     d.state = JobState.RUNNING
     assert order(policy, [a, b, c, d]) == ["j2", "j3", "j1", "j0"]
 
@@ -200,6 +213,24 @@ def test_in_fastserve_the_handicap_follows_what_jobs_take() -> None:
     assert order(policy, [old, late]) == ["j1", "j0"]
 
 
+@pytest.mark.parametrize("kind", [FastServe, SkipJoinMlfq, Mlfq, FixedPriority, Srpt])
+def test_classes_come_in_order(kind: type[Policy]) -> None:
+    policy = policy_of(kind)
+    classes = ("batch", "default", "interactive", "of another deployment")
+    jobs = joined(policy, *(job_of(n, service_class=name) for n, name in enumerate(classes)))
+    assert order(policy, jobs) == ["j2", "j1", "j3", "j0"]
+
+
+def test_in_fastserve_a_batch_job_waits_for_a_bounded_time() -> None:
+    policy = policy_of(FastServe)
+    old, late = joined(
+        policy,
+        job_of(0, service_class="batch"),
+        job_of(1, service_class="interactive", arrival=11 * 256 * DECODE_S),
+    )
+    assert order(policy, [late, old]) == ["j0", "j1"]
+
+
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_orders_a_restored_job(name: str) -> None:
     scheduler = Scheduler(SchedulerConfig(policy=name))
@@ -214,39 +245,3 @@ def test_every_policy_orders_a_restored_job(name: str) -> None:
 def test_unknown_policies_are_refused_with_those_that_exist() -> None:
     with pytest.raises(UnknownPolicyError, match="fastserve, skip-join-mlfq, mlfq, fcfs"):
         Scheduler(SchedulerConfig(policy="lottery"))
-
-
-# The cost model
-
-
-def test_the_model_begins_with_the_two_samples() -> None:
-    cost = CostModel(PREFILL, DECODE)
-    assert cost.decode_s == DECODE_S
-    assert cost.iteration(1, 0) == pytest.approx(DECODE_S)
-    assert cost.iteration(101, 0) == pytest.approx(PREFILL.seconds)
-    # Two chunks: 100 tokens more, and the fixed part of an iteration once more.
-    assert cost.prefill(101, 51) == pytest.approx(PREFILL.seconds + DECODE_S - TOKEN_S, rel=0.01)
-
-
-def test_the_model_learns_tokens_and_context() -> None:
-    cost = CostModel(PREFILL, DECODE)
-
-    def truth(tokens: int, context: int) -> float:
-        return 0.02 + tokens * 0.0005 + context * 2e-6
-
-    shapes = [(8, 8, 4000), (8, 300, 2000), (4, 4, 9000), (1, 512, 512), (16, 16, 16000)]
-    for rows, tokens, context in shapes * 40:
-        cost.observe(CostSample(rows, tokens, context, truth(tokens, context)))
-    for _, tokens, context in shapes:
-        assert cost.iteration(tokens, context) == pytest.approx(truth(tokens, context), rel=0.05)
-
-
-def test_one_hiccup_moves_neither_the_median_nor_the_model_much() -> None:
-    cost = CostModel(PREFILL, DECODE)
-    for _ in range(200):
-        cost.observe(CostSample(1, 1, 100, DECODE_S))
-    before = cost.iteration(101, 0)
-    cost.observe(CostSample(1, 1, 100, 5.0))
-    assert cost.decode_s == DECODE_S
-    assert cost.iteration(1, 100) < 2 * DECODE_S
-    assert cost.iteration(101, 0) < 2 * before

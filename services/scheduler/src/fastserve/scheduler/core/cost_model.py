@@ -4,80 +4,137 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
-from fastserve.scheduler.core.types import CostSample
+from fastserve.scheduler.core.types import CostSample, RowResult
 
-# Brings the features to about 1, so that one prior fits all of them.
+# Bring the features to about 1, so that one prior fits all of them.
 _TOKENS: Final = 512.0
+_ATTENTION: Final = 131072.0  # a prompt of 512 tokens
+_ROWS: Final = 16.0
 _CONTEXT: Final = 8192.0
 _FORGET: Final = 0.99  # weight of the past per sample
 _PRIOR: Final = 10.0  # variance of the weights before anything was seen
 _SURPRISE: Final = 3.0  # a sample counts at most so many times what was expected
+_KNOWN: Final = 0.002  # a smaller relative error teaches nothing
 _WINDOW: Final = 63  # decode iterations whose median is taken
+_NEWEST: Final = 0.05  # share of the newest iteration in the mean error
+_N: Final = 5
+
+
+class Work(NamedTuple):
+    """What an iteration has to do.
+
+    prefill_tokens: of all chunks. attention: over these tokens, the sum of the tokens that each
+    attends to. rows, context: decodes, and the tokens that they attend to together.
+    """
+
+    prefill_tokens: int
+    attention: int
+    rows: int
+    context: int
+
+
+def work_of(rows: Iterable[RowResult]) -> Work:
+    """A row of one token counts as a decode, which it is but for prompts of one token."""
+    tokens = attention = decodes = context = 0
+    for _, new, computed in rows:
+        if new == 1:
+            decodes += 1
+            context += computed
+        else:
+            tokens += new
+            attention += new * computed - new * (new - 1) // 2
+    return Work(tokens, attention, decodes, context)
+
+
+def chunk(start: int, tokens: int) -> Work:
+    """A prefill chunk of `tokens` after `start` tokens that are computed already."""
+    return Work(tokens, tokens * (start + tokens) - tokens * (tokens - 1) // 2, 0, 0)
 
 
 class CostModel:
-    """seconds = base + per_token * new_tokens + per_context * context_tokens.
+    """seconds = base + the sum over `Work` of a weight times what there is of it.
 
     Recursive least squares with forgetting. In a direction nobody looks at (pages of decodes, no
     prefill) the uncertainty grows no further than where it began, so one odd sample cannot wreck
-    what was learned.
+    what was learned; nor can it count for more than a few times what was expected.
     """
 
     def __init__(self, prefill: CostSample, decode: CostSample) -> None:
+        """Two measurements at the start: one prefill chunk of one prompt, one decode iteration."""
         more = prefill.new_tokens - decode.new_tokens
         per_token = (prefill.seconds - decode.seconds) / more if more > 0 else 0.0
         per_token = max(per_token, 0.0)
-        base = max(decode.seconds - per_token * decode.new_tokens, 0.0)
-        self._weights = [base, per_token * _TOKENS, 0.0]
-        self._cov = [[_PRIOR if i == j else 0.0 for j in range(3)] for i in range(3)]
+        base = max(decode.seconds - per_token * decode.rows, 0.0)
+        # Until it is seen what a decode costs, it costs what a prompt token does.
+        self._weights = [base, per_token * _TOKENS, 0.0, per_token * _ROWS, 0.0]
+        self._cov = [[_PRIOR if i == j else 0.0 for j in range(_N)] for i in range(_N)]
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
         self._decode(decode.seconds)
+        self.error = 0.0  # running mean of |predicted - measured| / measured
 
     @property
     def decode_s(self) -> float:
         """Median seconds of the last iterations in which every row decoded."""
         return self._sorted[len(self._sorted) // 2]
 
-    def iteration(self, new_tokens: int, context_tokens: int) -> float:
-        """Seconds expected of an iteration."""
-        base, tokens, context = (max(weight, 0.0) for weight in self._weights)
-        return base + tokens * new_tokens / _TOKENS + context * context_tokens / _CONTEXT
+    def seconds(self, work: Work) -> float:
+        """Expected of an iteration. Never negative; no part of the work makes it shorter."""
+        base, tokens, attention, rows, context = self._weights
+        return (
+            max(base, 0.0)
+            + max(tokens, 0.0) * work.prefill_tokens / _TOKENS
+            + max(attention, 0.0) * work.attention / _ATTENTION
+            + max(rows, 0.0) * work.rows / _ROWS
+            + max(context, 0.0) * work.context / _CONTEXT
+        )
 
     def prefill(self, tokens: int, budget: int) -> float:
         """Seconds that a prompt of `tokens` takes alone, `budget` tokens per iteration."""
-        seconds = 0.0
-        done = 0
-        while done < tokens:
-            chunk = min(budget, tokens - done)
-            done += chunk
-            seconds += self.iteration(chunk, done)
-        return seconds
+        return sum(
+            self.seconds(chunk(start, min(budget, tokens - start)))
+            for start in range(0, tokens, budget)
+        )
 
-    def observe(self, sample: CostSample) -> None:
+    def observe(self, work: Work, seconds: float) -> None:
         """Learn from a measured iteration."""
-        if sample.seconds <= 0 or not sample.rows:
+        if seconds <= 0 or not (work.rows or work.prefill_tokens):
             return
-        if sample.new_tokens == sample.rows:
-            self._decode(sample.seconds)
-        x = (1.0, sample.new_tokens / _TOKENS, sample.context_tokens / _CONTEXT)
-        expected = sum(weight * value for weight, value in zip(self._weights, x, strict=True))
-        error = min(sample.seconds - expected, _SURPRISE * abs(expected))
+        if not work.prefill_tokens:
+            self._decode(seconds)
+        relative = abs(self.seconds(work) - seconds) / seconds
+        self.error += _NEWEST * (min(relative, 10.0) - self.error)
+        if relative < _KNOWN:
+            return
+        x = (
+            1.0,
+            work.prefill_tokens / _TOKENS,
+            work.attention / _ATTENTION,
+            work.rows / _ROWS,
+            work.context / _CONTEXT,
+        )
+        expected = sum(map(_times, self._weights, x))
+        error = min(seconds - expected, _SURPRISE * abs(expected))
         cov = self._cov
-        px = [sum(row[j] * x[j] for j in range(3)) for row in cov]
-        spread = sum(px[i] * x[i] for i in range(3))
-        gain = [value / (_FORGET + spread) for value in px]
-        self._weights = [
-            weight + step * error for weight, step in zip(self._weights, gain, strict=True)
+        px = [sum(map(_times, row, x)) for row in cov]
+        scale = _FORGET + sum(map(_times, px, x))
+        self._weights = [w + p / scale * error for w, p in zip(self._weights, px, strict=True)]
+        trace = sum(cov[i][i] for i in range(_N))
+        forget = _FORGET if trace < _N * _PRIOR else 1.0
+        self._cov = [
+            [(value - p * q / scale) / forget for value, q in zip(row, px, strict=True)]
+            for row, p in zip(cov, px, strict=True)
         ]
-        trace = cov[0][0] + cov[1][1] + cov[2][2]
-        forget = _FORGET if trace < 3 * _PRIOR else 1.0
-        self._cov = [[(cov[i][j] - gain[i] * px[j]) / forget for j in range(3)] for i in range(3)]
 
     def _decode(self, seconds: float) -> None:
         self._recent.append(seconds)
         insort(self._sorted, seconds)
         if len(self._recent) > _WINDOW:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+
+
+def _times(a: float, b: float) -> float:
+    return a * b

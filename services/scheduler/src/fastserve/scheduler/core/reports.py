@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+from fastserve.scheduler.core.cost_model import CostModel, Work, chunk, work_of
 from fastserve.scheduler.core.errors import ProtocolError
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.types import (
     AcceptedToken,
-    CostSample,
     EventKind,
     Finished,
     FinishReason,
@@ -59,10 +59,9 @@ class ReportReader:
     def _rows(self, group: Group, report: Report, now: float) -> None:
         if not report.rows:
             return
-        total = sum(row.new_tokens for row in report.rows)
-        sample = CostSample(len(report.rows), total, report.context_tokens, report.seconds)
-        group.cost.observe(sample)
-        decode = _own_share(group, sample, 1)
+        work = work_of(report.rows)
+        group.cost.observe(work, report.seconds)
+        share = _Share(group.cost, work, report.seconds)
         for job_id, new_tokens, computed in report.rows:
             job = self._of_group(group, job_id)
             if job is None:
@@ -76,7 +75,7 @@ class ReportReader:
                 self._counters["tokens.recomputed"] += again
             if job.op is not KvOpKind.DROP_DEVICE:  # else it is gone by now
                 job.computed = computed
-            seconds = decode if new_tokens == 1 else _own_share(group, sample, new_tokens)
+            seconds = share.decode if new_tokens == 1 else share.prefill(computed, new_tokens)
             job.attained += seconds
             level = job.level
             if group.policy.charge(job, seconds):
@@ -188,10 +187,21 @@ class ReportReader:
         self._counters[f"bytes.{kind}"] += done.bytes
 
 
-def _own_share(group: Group, sample: CostSample, new_tokens: int) -> float:
-    """Seconds that a row is charged for: as if every other row had decoded."""
-    if sample.new_tokens == sample.rows:
-        return sample.seconds
-    whole = group.cost.iteration(sample.new_tokens, sample.context_tokens)
-    own = group.cost.iteration(sample.rows - 1 + new_tokens, sample.context_tokens)
-    return sample.seconds * min(1.0, own / whole) if whole > 0 else sample.seconds
+class _Share:
+    """What each row of an iteration is charged: its time as if every other row had decoded."""
+
+    def __init__(self, cost: CostModel, work: Work, seconds: float) -> None:
+        self._cost, self._seconds = cost, seconds
+        self.decode = seconds
+        if work.prefill_tokens:
+            self._whole = cost.seconds(work)
+            self._others = cost.seconds(Work(0, 0, work.rows, work.context))
+            self.decode = self._part(self._others)
+
+    def prefill(self, computed: int, new_tokens: int) -> float:
+        """Seconds of a chunk that ended with `computed` tokens in device KV."""
+        alone = self._cost.seconds(chunk(computed - new_tokens, new_tokens))
+        return self._part(self._others + alone - self._cost.seconds(Work(0, 0, 0, 0)))
+
+    def _part(self, seconds: float) -> float:
+        return self._seconds * min(1.0, seconds / self._whole) if self._whole > 0 else self._seconds

@@ -123,9 +123,9 @@ class EventKind(StrEnum):
 class JobSpec:
     """What was submitted.
 
-    `priority` (lower is sooner) decides between jobs of one level, before arrival; `fcfs` goes by
-    arrival alone. `tenant` and `service_class` are carried for metrics and for policies that share
-    out by them; those of this package do not look at them.
+    `service_class` ("interactive", "default" or "batch") comes first in the order, or is a
+    head start in `fastserve`; then `priority` (lower is sooner). `fcfs` and `hrrn` go by neither.
+    `tenant` is carried for metrics.
     """
 
     job_id: str

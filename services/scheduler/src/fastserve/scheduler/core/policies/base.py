@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.types import SchedulerConfig
 
 Key = tuple[float, ...]
+
+
+# Lower is sooner. A class that is not listed counts as the middle one.
+_CLASS_RANKS: Final = {"interactive": 0, "default": 1, "batch": 2}
+
+
+def class_rank(job: Job) -> int:
+    """Where the service class of a job stands: 0 before 1 before 2."""
+    return _CLASS_RANKS.get(job.spec.service_class, 1)
 
 
 class Policy(ABC):

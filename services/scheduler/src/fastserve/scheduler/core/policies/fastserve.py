@@ -18,16 +18,18 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key
+from fastserve.scheduler.core.policies.base import Key, class_rank
 from fastserve.scheduler.core.policies.mlfq import SkipJoinMlfq
 
 _FIRST_GUESS: Final = 256  # decode iterations of a job before any was seen to end
+_CLASS_LEVELS: Final = (-4, 0, 6)  # interactive, default, batch
 _NEWEST: Final = 0.01  # share of the newest job in the mean service
 _CHANGE: Final = 0.1  # relative change of the weight that makes sorting anew worth while
 
 
 class FastServe(SkipJoinMlfq):
-    """By arrival plus a handicap per level, whose size follows the backlog.
+    """By arrival plus a handicap per level, whose size follows the backlog. A class is a handicap
+    of so many levels.
 
     Nobody waits without bound as long as priorities are equal: whoever comes later than a job's own
     key stays behind it for good.
@@ -41,7 +43,8 @@ class FastServe(SkipJoinMlfq):
         self._weight = self._service
 
     def key(self, job: Job) -> Key:
-        return (job.spec.priority, job.spec.arrival + self._weight * job.level, job.place)
+        handicap = job.level + _CLASS_LEVELS[class_rank(job)]
+        return (job.spec.priority, job.spec.arrival + self._weight * handicap, job.place)
 
     def promote(self, job: Job, now: float) -> bool:
         return False  # age is in the key

@@ -8,7 +8,8 @@ from fastserve.scheduler.core.types import JobState
 
 
 class Fcfs(Policy):
-    """By arrival. A job keeps its row to its end; only if memory runs out, the newest stops."""
+    """By arrival, whatever class or priority. A job keeps its row to its end; only if memory runs
+    out, the newest stops."""
 
     name = "fcfs"
     preemptive = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key, Promoting
+from fastserve.scheduler.core.policies.base import Key, Promoting, class_rank
 
 
 class FixedPriority(Promoting):
@@ -13,7 +13,7 @@ class FixedPriority(Promoting):
     preemptive = True
 
     def key(self, job: Job) -> Key:
-        return (not job.boosted, job.spec.priority, job.prompt_len, job.place)
+        return (not job.boosted, class_rank(job), job.spec.priority, job.prompt_len, job.place)
 
     def quanta(self) -> list[float]:
         return [0.0]

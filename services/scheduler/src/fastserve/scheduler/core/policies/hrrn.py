@@ -13,7 +13,8 @@ class Hrrn(Policy):
     """The largest (wait + service) / service first, service being the predicted prefill.
 
     Output lengths are unknown, so the prompt stands for the job, as in SGLang's policy of this
-    name. Ratios grow at different paces: the queue is sorted anew from time to time.
+    name. Neither class nor priority counts. Ratios grow at different paces: the queue is sorted
+    anew from time to time.
     """
 
     name = "hrrn"
@@ -28,7 +29,7 @@ class Hrrn(Policy):
         running = job.state is JobState.RUNNING
         wait = max(self._now - job.spec.arrival, 0.0)
         ratio = 0.0 if running else wait / job.limit
-        return (not running, job.spec.priority, -ratio, job.seq)
+        return (not running, -ratio, job.seq)
 
     def quanta(self) -> list[float]:
         return [0.0]

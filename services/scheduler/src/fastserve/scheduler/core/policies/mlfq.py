@@ -14,10 +14,8 @@ this is what is done here:
 from __future__ import annotations
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key, Promoting
+from fastserve.scheduler.core.policies.base import Key, Promoting, class_rank
 from fastserve.scheduler.core.types import JobState
-
-_LIFTED = -1.0
 
 
 class Mlfq(Promoting):
@@ -27,8 +25,14 @@ class Mlfq(Promoting):
     preemptive = True
 
     def key(self, job: Job) -> Key:
-        level = _LIFTED if job.boosted else job.level
-        return (level, job.spec.priority, job.state is not JobState.RUNNING, job.place)
+        return (
+            not job.boosted,
+            class_rank(job),
+            job.spec.priority,
+            job.level,
+            job.state is not JobState.RUNNING,
+            job.place,
+        )
 
     def quantum(self, level: int) -> float:
         """Seconds of service in a level."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key, Policy
+from fastserve.scheduler.core.policies.base import Key, Policy, class_rank
 
 
 class Srpt(Policy):
@@ -14,7 +14,7 @@ class Srpt(Policy):
     preemptive = True
 
     def key(self, job: Job) -> Key:
-        return (job.spec.priority, job.limit, job.seq)
+        return (class_rank(job), job.spec.priority, job.limit, job.seq)
 
     def quanta(self) -> list[float]:
         return [0.0]

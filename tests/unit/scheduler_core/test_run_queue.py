@@ -1,0 +1,38 @@
+"""The sorted queue against a sorted list, with enough jobs for many runs."""
+
+from __future__ import annotations
+
+import random
+
+from fastserve.scheduler.core import Job, JobSpec
+from fastserve.scheduler.core.run_queue import RunQueue
+
+
+def test_it_is_a_sorted_sequence_whatever_happens() -> None:
+    numbers = random.Random(3)
+    jobs = [Job(JobSpec(str(n), range(1), 1, 0.0), n, 0.0) for n in range(4000)]
+    for job in jobs:
+        job.limit = numbers.random()
+    weight = 1.0
+    queue = RunQueue(lambda job: (weight * job.limit, job.seq))
+    inside: set[Job] = set()
+    for step in range(20_000):
+        job = numbers.choice(jobs)
+        if job not in inside:
+            queue.add(job)
+            inside.add(job)
+        elif numbers.random() < 0.3:
+            queue.remove(job)
+            inside.discard(job)
+        else:
+            job.limit = numbers.random()
+            queue.update(job)
+        if step % 5000 == 4999:
+            weight = -weight
+            queue.resort()
+        if step % 1000 == 0:
+            assert list(queue) == sorted(inside, key=lambda job: job.key)
+            assert len(queue) == len(inside)
+    for job in list(queue):
+        queue.remove(job)
+    assert list(queue) == [] and len(queue) == 0
