@@ -70,7 +70,7 @@ class CostModel:
         base = max(decode.seconds - per_token * decode.rows, 0.0)
         # Until it is seen what a decode costs, it costs what a prompt token does.
         self._weights = [base, per_token * _TOKENS, 0.0, per_token * _ROWS, 0.0]
-        self._cov = [[_PRIOR if i == j else 0.0 for j in range(_N)] for i in range(_N)]
+        self._cov = _prior()
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
         self._decode(decode.seconds)
@@ -120,7 +120,11 @@ class CostModel:
         error = min(seconds - expected, _SURPRISE * abs(expected))
         cov = self._cov
         px = [sum(map(_times, row, x)) for row in cov]
-        scale = _FORGET + sum(map(_times, px, x))
+        spread = sum(map(_times, px, x))
+        if not 0 <= spread < _PRIOR * 1e6:  # rounding has eaten the matrix: begin anew
+            self._cov = _prior()
+            return
+        scale = _FORGET + spread
         self._weights = [w + p / scale * error for w, p in zip(self._weights, px, strict=True)]
         trace = sum(cov[i][i] for i in range(_N))
         forget = _FORGET if trace < _N * _PRIOR else 1.0
@@ -134,6 +138,10 @@ class CostModel:
         insort(self._sorted, seconds)
         if len(self._recent) > _WINDOW:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+
+
+def _prior() -> list[list[float]]:
+    return [[_PRIOR if i == j else 0.0 for j in range(_N)] for i in range(_N)]
 
 
 def _times(a: float, b: float) -> float:

@@ -7,7 +7,7 @@ came more than `weight * d` seconds earlier. With a weight of 0 this is first co
 with an infinite one skip-join MLFQ.
 
 The weight follows the load, in units of what an average job takes: `mean service * max(1,
-min(x^2, 2 x))`, x being the backlog in full batches. A fixed weight is either too timid under
+min(2 x^2, 2.5 x))`, x being the backlog in full batches. A fixed weight is either too timid under
 overload, where the backlog makes all jobs old, or too bold at moderate load, where there is hardly
 any mean to win and only a tail to lose. The square keeps bursts at moderate load from raising it.
 docs/evaluation.md has the figures.
@@ -21,6 +21,10 @@ from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key, class_rank
 from fastserve.scheduler.core.policies.mlfq import SkipJoinMlfq
 
+# Weight in mean services: with no backlog, and per backlog in full batches.
+_AT_LEAST: Final = 1.0
+_SQUARE: Final = 2.0
+_LINEAR: Final = 2.5
 _FIRST_GUESS: Final = 256  # decode iterations of a job before any was seen to end
 _CLASS_LEVELS: Final = (-4, 0, 6)  # interactive, default, batch
 _NEWEST: Final = 0.01  # share of the newest job in the mean service
@@ -54,7 +58,7 @@ class FastServe(SkipJoinMlfq):
 
     def resort(self, now: float, waiting: int) -> bool:
         backlog = waiting / self.rows
-        weight = self._service * max(1.0, min(backlog**2, 2 * backlog))
+        weight = self._service * max(_AT_LEAST, min(_SQUARE * backlog**2, _LINEAR * backlog))
         if abs(weight - self._weight) <= _CHANGE * self._weight:
             return False
         self._weight = weight
