@@ -272,3 +272,14 @@ def test_levels_are_counted() -> None:
     quanta = rig.scheduler.level_quanta()
     assert len(quanta) == len(rig.scheduler.level_depths()) == 10
     assert quanta[3] == pytest.approx(8 * quanta[0])
+
+
+def test_a_row_that_could_not_run_is_no_work() -> None:
+    rig = Rig()
+    rig.submit("a")
+    rig.plan()
+    report = Report(plan_id=1, iteration=1, rows=[RowResult("a", 0, 0)], seconds=0.01)
+    rig.scheduler.on_report("w", report, 0.01)
+    job = rig.job("a")
+    assert job.computed == 0
+    assert job.attained == pytest.approx(0.01)

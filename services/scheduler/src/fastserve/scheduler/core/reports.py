@@ -75,7 +75,8 @@ class ReportReader:
                 self._counters["tokens.recomputed"] += again
             if job.op is not KvOpKind.DROP_DEVICE:  # else it is gone by now
                 job.computed = computed
-            seconds = share.decode if new_tokens == 1 else share.prefill(computed, new_tokens)
+            # A row may have had nothing to do, for want of a block.
+            seconds = share.decode if new_tokens <= 1 else share.prefill(computed, new_tokens)
             job.attained += seconds
             level = job.level
             if group.policy.charge(job, seconds):
