@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload cli
+DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload benchmarks cli
 STAMP := $(VENV)/.fastserve-installed
 
 .PHONY: help setup run test test-all lint format proto clean

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fastserve.bench.cli import OneSentence, simulate
 from fastserve.cli.chat import Chat, print_answer
 from fastserve.cli.errors import CliError
 from fastserve.cli.stack import Options
@@ -240,6 +241,9 @@ def logs(
             typer.echo(text, nl=False)
             if not text:
                 time.sleep(0.2)
+
+
+app.command(cls=OneSentence)(simulate)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Workloads, the simulator of `fastserve simulate`, sweeps and plots."""

@@ -1,0 +1,165 @@
+"""Discrete events around the scheduler core: the real core, a worker that only takes time.
+
+The worker does what plans say: an iteration lasts as long as the hardware's formula says, copies
+go through one channel per direction beside it. Reports and plans travel in no time, so a plan takes
+effect at the next iteration; of a real deployment only the network and the lease are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fastserve.bench.sim.types import SimJob, SimOptions, SimResult
+from fastserve.bench.sim.worker import SimWorker
+from fastserve.scheduler.core import (
+    CostSample,
+    Inventory,
+    JobSpec,
+    KvStrategy,
+    Progress,
+    Scheduler,
+    SchedulerConfig,
+    WorkerInfo,
+)
+
+_WORKER = "sim"
+_UNLIMITED = 1 << 40  # tokens
+_EVERY = 256  # ended jobs between two calls of `progress`
+
+
+class StuckError(Exception):
+    """Jobs are left, but nothing will ever happen: a bug of the scheduler."""
+
+
+def simulate(
+    jobs: Sequence[SimJob],
+    options: SimOptions,
+    progress: Callable[[int], None] | None = None,
+) -> SimResult:
+    """Run all jobs, given by arrival, to their end. `progress` gets the number ended so far.
+
+    Raises ValueError for options that make no sense, `StuckError`.
+    """
+    return _Simulation(jobs, options, progress).run()
+
+
+class _Simulation:
+    def __init__(
+        self,
+        jobs: Sequence[SimJob],
+        options: SimOptions,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._jobs = jobs
+        self._progress = progress
+        info = _info(options)
+        self._core = Scheduler(
+            SchedulerConfig(
+                policy=options.policy,
+                max_queued_jobs=max(len(jobs), 1),
+                lease=options.lease,
+                kv_strategy=KvStrategy(options.kv_strategy),
+                **options.scheduler,
+            )
+        )
+        self._core.add_worker(info, Inventory(), 0.0)
+        self._worker = SimWorker(options, info)
+        self._first = np.full(len(jobs), np.nan)
+        self._end = np.full(len(jobs), np.nan)
+        self._next = 0  # job to arrive
+        self._left = 0  # jobs that arrived and have not ended
+        self._failed = 0
+
+    def run(self) -> SimResult:
+        jobs, core, worker = self._jobs, self._core, self._worker
+        now = jobs[0].arrival_s if jobs else 0.0
+        reported = 0
+        while self._next < len(jobs) or self._left:
+            self._arrive(now)
+            plan = core.plan(_WORKER, now)
+            if plan is not None:
+                worker.receive(plan, now)
+            now, report = worker.step(now, self._next_arrival())
+            if report is not None:
+                self._note(core.on_report(_WORKER, report, now), now)
+            elif now == float("inf"):
+                raise StuckError(f"{self._left} jobs are left and nothing happens")
+            core.drain_events()
+            ended = self._next - self._left
+            if self._progress is not None and ended - reported >= _EVERY:
+                reported = ended
+                self._progress(ended)
+        if self._progress is not None:
+            self._progress(len(jobs))
+        return self._result()
+
+    def _next_arrival(self) -> float:
+        return self._jobs[self._next].arrival_s if self._next < len(self._jobs) else float("inf")
+
+    def _arrive(self, now: float) -> None:
+        while self._next < len(self._jobs) and self._jobs[self._next].arrival_s <= now:
+            index, job = self._next, self._jobs[self._next]
+            self._next += 1
+            spec = JobSpec(
+                job_id=str(index),
+                prompt=range(job.prompt_tokens),
+                max_tokens=job.output_tokens,
+                arrival=job.arrival_s,
+                tenant=job.tenant,
+                service_class=job.service_class,
+            )
+            if self._core.submit(spec, now) is None:
+                self._worker.meet(spec)
+                self._left += 1
+            else:
+                self._failed += 1
+
+    def _note(self, progress: Progress, now: float) -> None:
+        for token in progress.tokens:
+            if token.index == 0:
+                self._first[int(token.job_id)] = now
+        for ended in progress.finished:
+            self._left -= 1
+            self._worker.forget(ended.job_id)
+            if ended.error:
+                self._failed += 1
+            else:
+                self._end[int(ended.job_id)] = now
+
+    def _result(self) -> SimResult:
+        jobs, counters = self._jobs, self._core.counters
+        preemptions = sum(n for name, n in counters.items() if name.startswith("preemptions."))
+        done = self._end[~np.isnan(self._end)]
+        return SimResult(
+            arrival_s=np.array([job.arrival_s for job in jobs]),
+            prompt_tokens=np.array([job.prompt_tokens for job in jobs], dtype=np.int64),
+            output_tokens=np.array([job.output_tokens for job in jobs], dtype=np.int64),
+            first_token_s=np.where(np.isnan(self._end), np.nan, self._first),
+            end_s=self._end,
+            tenants=[job.tenant for job in jobs],
+            preemptions=preemptions,
+            offloaded_tokens=counters["tokens.offload"],
+            uploaded_tokens=counters["tokens.upload"],
+            recomputed_tokens=counters["tokens.recomputed"],
+            failed=self._failed,
+            makespan_s=float(done.max() - jobs[0].arrival_s) if done.size else 0.0,
+        )
+
+
+def _info(options: SimOptions) -> WorkerInfo:
+    """What the worker says of itself; its two measurements come from the formula."""
+    hardware, chunk = options.hardware, min(512, options.max_num_batched_tokens)
+    kv_tokens = _UNLIMITED if options.kv_tokens is None else options.kv_tokens
+    return WorkerInfo(
+        worker_id=_WORKER,
+        block_size=options.block_size,
+        device_blocks=kv_tokens // options.block_size,
+        host_blocks=options.host_kv_tokens // options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=_UNLIMITED,
+        prefill_sample=CostSample(1, chunk, chunk, hardware.iteration_s([(0, chunk)], 0, 0)),
+        decode_sample=CostSample(1, 1, 256, hardware.iteration_s([], 1, 256)),
+    )

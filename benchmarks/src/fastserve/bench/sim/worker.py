@@ -1,0 +1,144 @@
+"""A worker that computes nothing and knows how long everything would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastserve.bench.sim.types import SimOptions
+from fastserve.scheduler.core import (
+    JobSpec,
+    KvOpKind,
+    KvStatus,
+    OpDone,
+    Plan,
+    Report,
+    RowResult,
+    SampledToken,
+    WorkerInfo,
+)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What the worker knows of a job, in tokens."""
+
+    known: int
+    prompt: int
+    computed: int = 0
+    host: int = 0
+    busy_until: float = 0.0  # its last copy ends
+
+
+class SimWorker:
+    """Runs plans in simulated time. One channel to the host and one from it, beside computing."""
+
+    def __init__(self, options: SimOptions, info: WorkerInfo) -> None:
+        self._hardware = options.hardware
+        self._seconds_per_token = options.hardware.kv_bytes_per_token / (options.pcie_gbps * 1e9)
+        self._info = info
+        self._held: dict[str, _Held] = {}
+        self._rows: list[tuple[str, int]] = []
+        self._lease = 0
+        self._plan_id = 0
+        self._iteration = 0
+        self._out_free = self._in_free = 0.0  # when the channels are free again
+        self._copies: list[tuple[float, OpDone, _Held, KvOpKind]] = []
+        self._released: dict[int, str] = {}
+
+    def meet(self, spec: JobSpec) -> None:
+        self._held[spec.job_id] = _Held(len(spec.prompt), len(spec.prompt))
+
+    def forget(self, job_id: str) -> None:
+        """It ended: nothing more is computed for it."""
+        self._rows = [row for row in self._rows if row[0] != job_id]
+
+    def receive(self, plan: Plan, now: float) -> None:
+        self._plan_id, self._lease = plan.plan_id, plan.lease
+        for op in plan.ops:
+            self._begin(op.kind, op.op_id, op.job_id, now)
+        self._rows = [(row.job.spec.job_id, row.tokens) for row in plan.rows]
+
+    def _begin(self, kind: KvOpKind, op_id: int, job_id: str, now: float) -> None:
+        held = self._held[job_id]
+        end, tokens, moved = now, 0, 0
+        if kind is KvOpKind.OFFLOAD:
+            tokens, moved = held.computed, max(0, held.computed - held.host)
+            end = self._out_free = max(now, self._out_free) + moved * self._seconds_per_token
+        elif kind is KvOpKind.UPLOAD:
+            tokens = moved = min(held.host, held.known - 1)
+            end = self._in_free = max(now, self._in_free) + moved * self._seconds_per_token
+        elif kind is KvOpKind.DROP_DEVICE:
+            held.computed = 0
+        elif kind is KvOpKind.RELEASE:
+            end = max(now, held.busy_until)
+            self._released[op_id] = job_id
+        held.busy_until = end
+        size = moved * self._hardware.kv_bytes_per_token
+        done = OpDone(op_id, KvStatus.OK, tokens, size, end - now)
+        self._copies.append((end, done, held, kind))
+
+    def step(self, now: float, next_arrival: float) -> tuple[float, Report | None]:
+        """One iteration, or with no rows to run the time until a copy ends or a job arrives.
+
+        Returns the moment that is reached and what there is to report; infinity: nothing will
+        happen any more.
+        """
+        if self._rows and self._lease:
+            return self._iterate(now)
+        ends = min((copy[0] for copy in self._copies), default=float("inf"))
+        now = max(now, min(ends, next_arrival))
+        done = self._finished(now)
+        report = Report(plan_id=self._plan_id, iteration=0, ops=done) if done else None
+        return now, report
+
+    def _iterate(self, now: float) -> tuple[float, Report]:
+        self._lease -= 1
+        self._iteration += 1
+        chunks: list[tuple[int, int]] = []
+        rows: list[RowResult] = []
+        sampled: list[SampledToken] = []
+        decodes = decode_context = context = 0
+        for job_id, most in self._rows:
+            held = self._held[job_id]
+            count = held.known - held.computed
+            if count == 1:
+                decodes += 1
+                decode_context += held.known
+            else:
+                count = min(most, count)
+                chunks.append((held.computed, held.computed + count))
+            held.computed += count
+            context += held.computed
+            rows.append(RowResult(job_id, count, held.computed))
+            if held.computed == held.known:
+                sampled.append(SampledToken(job_id, held.known - held.prompt, 0))
+                held.known += 1
+        seconds = self._hardware.iteration_s(chunks, decodes, decode_context)
+        now += seconds
+        report = Report(
+            plan_id=self._plan_id,
+            iteration=self._iteration,
+            rows=rows,
+            sampled=sampled,
+            ops=self._finished(now),
+            seconds=seconds,
+            context_tokens=context,
+        )
+        return now, report
+
+    def _finished(self, now: float) -> list[OpDone]:
+        """Copies that ended by now, in the order in which they began."""
+        if not self._copies:
+            return []
+        over = [copy for copy in self._copies if copy[0] <= now]
+        self._copies = [copy for copy in self._copies if copy[0] > now]
+        for _, done, held, kind in over:
+            if kind is KvOpKind.OFFLOAD:
+                held.host, held.computed = max(held.host, held.computed), 0
+            elif kind is KvOpKind.UPLOAD:
+                held.computed = done.tokens
+            elif kind is KvOpKind.DROP_HOST:
+                held.host = 0
+            elif kind is KvOpKind.RELEASE:
+                del self._held[self._released.pop(done.op_id)]
+        return [done for _, done, _, _ in over]

@@ -1,0 +1,145 @@
+"""The simulator: times that can be worked out by hand, and the core left as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastserve.bench.arrivals import Arrivals
+from fastserve.bench.sim.engine import simulate
+from fastserve.bench.sim.hardware import OPT_13B, Hardware, load_hardware
+from fastserve.bench.sim.types import SimJob, SimOptions, SimResult
+from fastserve.bench.workloads import generate
+from fastserve.scheduler.core import KvStrategy
+from fastserve.scheduler.core.policies import POLICIES
+
+# 10 ms + 1 ms per prompt token; 10 ms + 1 ms per row, context is free.
+SIMPLE = Hardware(
+    "simple", (0.01, 0.001, 0.0), (0.01, 0.0, 0.001), (0.01, 0.0, 0.001), 99, None, 1000
+)
+
+
+def run(jobs: list[SimJob], policy: str = "fcfs", **options: object) -> SimResult:
+    return simulate(jobs, SimOptions(policy, SIMPLE, **options))  # type: ignore[arg-type]
+
+
+def test_one_job_takes_what_the_formula_says() -> None:
+    result = run([SimJob(5.0, 100, 4)])
+    assert result.first_token_s[0] == pytest.approx(5.0 + 0.110)
+    assert result.end_s[0] == pytest.approx(5.0 + 0.110 + 3 * 0.011)
+    assert result.makespan_s == pytest.approx(0.143)
+
+
+def test_a_long_prompt_comes_in_chunks_that_add_up() -> None:
+    quadratic = Hardware("q", (0.01, 0.001, 1e-5), (0.01, 0.0, 0.0), (0.01, 0.0, 0.0), 99, None, 1)
+    options = SimOptions("fcfs", quadratic, max_num_batched_tokens=40)
+    result = simulate([SimJob(0.0, 100, 1)], options)
+    assert result.end_s[0] == pytest.approx(3 * 0.01 + 0.1 + 1e-5 * 100 * 100)
+
+
+def test_a_mixed_iteration_pays_the_constant_term_once() -> None:
+    assert SIMPLE.iteration_s([(0, 50)], 3, 1000) == pytest.approx(0.01 + 0.05 + 0.003)
+
+
+def test_with_one_row_fcfs_serves_one_after_the_other() -> None:
+    result = run([SimJob(0.0, 10, 2), SimJob(0.0, 10, 2)], max_num_seqs=1)
+    assert list(result.end_s) == pytest.approx([0.031, 0.062])
+
+
+def test_a_short_job_overtakes_with_skip_join() -> None:
+    jobs = [SimJob(0.0, 10, 400), SimJob(1.0, 10, 2)]
+    behind = run(jobs, max_num_seqs=1)
+    before = run(jobs, "skip-join-mlfq", max_num_seqs=1)
+    assert behind.end_s[1] > behind.end_s[0]
+    assert before.end_s[1] - 1.0 < 0.1
+    assert before.preemptions >= 1
+
+
+def test_a_copy_takes_its_bytes_over_the_bandwidth() -> None:
+    """Device memory for one job: the long one leaves for the short one and comes back."""
+    slow = {"kv_tokens": 480, "host_kv_tokens": 4800, "max_num_seqs": 2}
+    jobs = [SimJob(0.0, 320, 100), SimJob(0.5, 160, 40)]
+    fast = run(jobs, "skip-join-mlfq", pcie_gbps=1000.0, **slow)
+    # 1000 bytes a token: about 350 tokens take 0.35 s each way at 1 MB/s.
+    late = run(jobs, "skip-join-mlfq", pcie_gbps=0.001, **slow)
+    assert fast.offloaded_tokens > 300 and fast.uploaded_tokens > 300
+    assert late.end_s[0] - fast.end_s[0] > 0.3
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("strategy", list(KvStrategy))
+def test_every_job_ends_whatever_the_policy_and_the_strategy(
+    policy: str, strategy: KvStrategy
+) -> None:
+    jobs = generate("sharegpt", 120, 3, Arrivals("poisson"), 4.0)
+    options = SimOptions(policy, OPT_13B, kv_tokens=6000, host_kv_tokens=9000, kv_strategy=strategy)
+    result = simulate(jobs, options)
+    assert result.failed == 0 and not np.isnan(result.end_s).any()
+    assert (result.first_token_s <= result.end_s).all()
+    assert (result.first_token_s > result.arrival_s).all()
+    if strategy is KvStrategy.RECOMPUTE:
+        assert result.offloaded_tokens == 0
+
+
+def test_what_can_never_fit_fails_and_counts_as_failed() -> None:
+    result = run([SimJob(0.0, 100, 4), SimJob(0.0, 1000, 4)], kv_tokens=512)
+    assert result.failed == 1
+    assert list(np.isnan(result.end_s)) == [False, True]
+
+
+def test_the_same_input_gives_the_same_result() -> None:
+    jobs = generate("alpaca", 300, 1, Arrivals("gamma", 3.0), 20.0)
+    options = SimOptions("fastserve", OPT_13B, kv_tokens=3000, host_kv_tokens=20_000)
+    first, second = simulate(jobs, options), simulate(jobs, options)
+    assert (first.end_s == second.end_s).all()
+    assert first.preemptions == second.preemptions > 0
+
+
+def test_progress_is_told() -> None:
+    heard: list[int] = []
+    simulate([SimJob(0.0, 5, 1)] * 600, SimOptions("fcfs", SIMPLE), heard.append)
+    assert heard == sorted(heard) and heard[-1] == 600 and len(heard) >= 3
+
+
+# The cost model file
+
+
+def file(folder: Path, **changes: object) -> Path:
+    path = folder / "cost.json"
+    fields = {"prefill_ms": [18, 0.1, 1e-5], "decode_ms": [20, 1e-3, 0.04], "kv_bytes_per_token": 9}
+    path.write_text(json.dumps({**fields, **changes}))
+    return path
+
+
+def test_a_cost_model_file(tmp_path: Path) -> None:
+    found = load_hardware(file(tmp_path, decode_large_ms=[7, 0, 0.2], large_batch=90))
+    assert found.prefill == pytest.approx((0.018, 1e-4, 1e-8))
+    assert found.iteration_s([], 90, 0) == pytest.approx(0.007 + 90 * 0.0002)
+    assert found.iteration_s([], 89, 0) == pytest.approx(0.020 + 89 * 0.00004)
+    assert found.kv_capacity_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("prefill_ms", [1, 2], "prefill_ms must be three numbers"),
+        ("prefill_ms", "fast", "prefill_ms must be three numbers"),
+        ("decode_ms", [0, 1, 1], "decode_ms must be three numbers"),
+        ("decode_ms", [1, -1, 1], "decode_ms must be three numbers"),
+        ("kv_bytes_per_token", 0, "kv_bytes_per_token must be a whole number"),
+        ("large_batch", 1.5, "large_batch must be a whole number"),
+    ],
+)
+def test_a_wrong_cost_model_is_one_sentence(
+    tmp_path: Path, field: str, value: object, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_hardware(file(tmp_path, **{field: value}))
+
+
+def test_a_cost_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_hardware(tmp_path / "none.json")
