@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload benchmarks cli
 STAMP := $(VENV)/.fastserve-installed
 
-.PHONY: help setup run test test-all lint format proto clean
+.PHONY: help setup run test test-all lint format proto bench-scheduler clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Create .venv and install everything (nothing else is touched)
 
@@ -52,6 +52,9 @@ format: setup ## Rewrite the code in the house style
 
 proto: setup ## Generate the gRPC code from proto/fastserve/v1
 	$(BIN)/python proto/generate.py
+
+bench-scheduler: setup ## Time plans, reports and submissions of the scheduler's core
+	@$(BIN)/python -m fastserve.bench.scheduler_speed
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -32,7 +32,10 @@ class SchedulerSettings(ServiceSettings):
         default=30.0, ge=0, description="seconds a job stays after its gateway stream is gone"
     )
 
-    policy: str = Field(default="skip-join-mlfq", description="skip-join-mlfq, mlfq or fcfs")
+    policy: str = Field(
+        default="skip-join-mlfq",
+        description="skip-join-mlfq, fastserve, mlfq, fixed-priority, hrrn, fcfs or srpt (an oracle)",
+    )
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="rows in an iteration (default: the worker's limit)"
     )
