@@ -34,7 +34,7 @@ class SchedulerSettings(ServiceSettings):
 
     policy: str = Field(
         default="skip-join-mlfq",
-        description="skip-join-mlfq, fastserve, mlfq, fixed-priority, hrrn, fcfs or srpt (an oracle)",
+        description="skip-join-mlfq, fastserve, mlfq, fixed-priority, hrrn, fcfs or srpt",
     )
     max_num_seqs: int | None = Field(
         default=None, ge=1, description="rows in an iteration (default: the worker's limit)"
