@@ -117,9 +117,9 @@ class _Simulation:
                 self._failed += 1
 
     def _note(self, progress: Progress, now: float) -> None:
-        for token in progress.tokens:
-            if token.index == 0:
-                self._first[int(token.job_id)] = now
+        for job_id, index, _, _ in progress.tokens:
+            if not index:
+                self._first[int(job_id)] = now
         for ended in progress.finished:
             self._left -= 1
             self._worker.forget(ended.job_id)

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from fastserve.bench.sim.types import SimOptions
 from fastserve.scheduler.core import (
+    FinishReason,
     JobSpec,
     KvOpKind,
     KvStatus,
     OpDone,
     Plan,
     Report,
-    RowResult,
-    SampledToken,
     WorkerInfo,
 )
 
@@ -22,6 +21,7 @@ from fastserve.scheduler.core import (
 class _Held:
     """What the worker knows of a job, in tokens."""
 
+    job_id: str
     known: int
     prompt: int
     computed: int = 0
@@ -37,7 +37,7 @@ class SimWorker:
         self._seconds_per_token = options.hardware.kv_bytes_per_token / (options.pcie_gbps * 1e9)
         self._info = info
         self._held: dict[str, _Held] = {}
-        self._rows: list[tuple[str, int]] = []
+        self._rows: list[tuple[_Held, int]] = []
         self._lease = 0
         self._plan_id = 0
         self._iteration = 0
@@ -46,17 +46,18 @@ class SimWorker:
         self._released: dict[int, str] = {}
 
     def meet(self, spec: JobSpec) -> None:
-        self._held[spec.job_id] = _Held(len(spec.prompt), len(spec.prompt))
+        self._held[spec.job_id] = _Held(spec.job_id, len(spec.prompt), len(spec.prompt))
 
     def forget(self, job_id: str) -> None:
         """It ended: nothing more is computed for it."""
-        self._rows = [row for row in self._rows if row[0] != job_id]
+        self._rows = [row for row in self._rows if row[0].job_id != job_id]
 
     def receive(self, plan: Plan, now: float) -> None:
         self._plan_id, self._lease = plan.plan_id, plan.lease
         for op in plan.ops:
             self._begin(op.kind, op.op_id, op.job_id, now)
-        self._rows = [(row.job.spec.job_id, row.tokens) for row in plan.rows]
+        held = self._held
+        self._rows = [(held[job.spec.job_id], tokens) for job, tokens in plan.rows]
 
     def _begin(self, kind: KvOpKind, op_id: int, job_id: str, now: float) -> None:
         held = self._held[job_id]
@@ -95,24 +96,24 @@ class SimWorker:
         self._lease -= 1
         self._iteration += 1
         chunks: list[tuple[int, int]] = []
-        rows: list[RowResult] = []
-        sampled: list[SampledToken] = []
+        rows: list[tuple[str, int, int]] = []
+        sampled: list[tuple[str, int, int, FinishReason | None]] = []
         decodes = decode_context = context = 0
-        for job_id, most in self._rows:
-            held = self._held[job_id]
-            count = held.known - held.computed
-            if count == 1:
+        for held, most in self._rows:
+            known, start = held.known, held.computed
+            if known - start == 1:
                 decodes += 1
-                decode_context += held.known
+                decode_context += known
+                end = known
             else:
-                count = min(most, count)
-                chunks.append((held.computed, held.computed + count))
-            held.computed += count
-            context += held.computed
-            rows.append(RowResult(job_id, count, held.computed))
-            if held.computed == held.known:
-                sampled.append(SampledToken(job_id, held.known - held.prompt, 0))
-                held.known += 1
+                end = min(start + most, known)
+                chunks.append((start, end))
+                context += end
+            held.computed = end
+            rows.append((held.job_id, end - start, end))
+            if end == known:
+                sampled.append((held.job_id, known - held.prompt, 0, None))
+                held.known = known + 1
         seconds = self._hardware.iteration_s(chunks, decodes, decode_context)
         now += seconds
         report = Report(
@@ -122,7 +123,7 @@ class SimWorker:
             sampled=sampled,
             ops=self._finished(now),
             seconds=seconds,
-            context_tokens=context,
+            context_tokens=context + decode_context,
         )
         return now, report
 

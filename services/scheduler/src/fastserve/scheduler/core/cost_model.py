@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from fastserve.scheduler.core.types import CostSample, RowResult
+from fastserve.scheduler.core.types import CostSample
 
 # Bring the features to about 1, so that one prior fits all of them.
 _TOKENS: Final = 512.0
@@ -36,7 +36,7 @@ class Work(NamedTuple):
     context: int
 
 
-def work_of(rows: Iterable[RowResult]) -> Work:
+def work_of(rows: Iterable[tuple[str, int, int]]) -> Work:
     """A row of one token counts as a decode, which it is but for prompts of one token."""
     tokens = attention = decodes = context = 0
     for _, new, computed in rows:
@@ -73,13 +73,9 @@ class CostModel:
         self._cov = _prior()
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
+        self.decode_s = 0.0  # median of the last iterations in which every row decoded
         self._decode(decode.seconds)
         self.error = 0.0  # running mean of |predicted - measured| / measured
-
-    @property
-    def decode_s(self) -> float:
-        """Median seconds of the last iterations in which every row decoded."""
-        return self._sorted[len(self._sorted) // 2]
 
     def seconds(self, work: Work) -> float:
         """Expected of an iteration. Never negative; no part of the work makes it shorter."""
@@ -138,6 +134,7 @@ class CostModel:
         insort(self._sorted, seconds)
         if len(self._recent) > _WINDOW:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+        self.decode_s = self._sorted[len(self._sorted) // 2]
 
 
 def _prior() -> list[list[float]]:

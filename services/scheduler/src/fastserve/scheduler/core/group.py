@@ -20,6 +20,7 @@ from fastserve.scheduler.core.types import (
 )
 
 _ON_DEVICE = frozenset({KvState.DEVICE, KvState.OFFLOADING, KvState.UPLOADING})
+_FROM_HOST = frozenset({KvState.HOST, KvState.UPLOADING})
 # A newcomer counts so much in the average size of newcomers.
 _NEWCOMER_WEIGHT = 0.1
 
@@ -125,6 +126,7 @@ class Group:
         """It is over, or goes elsewhere."""
         self.queue.remove(job)
         self.policy.leave(job)
+        job.row = None  # which holds the job
         self.running -= job.state is JobState.RUNNING
         self.waiting.pop(job, None)
         self.resident.pop(job, None)
@@ -167,16 +169,24 @@ class Group:
 
     def book(self, job: Job, iterations: int = 0) -> None:
         """Book what it may need under the plans that were sent and `iterations` more."""
-        blocks = self.need(job, iterations) if job.kv in _ON_DEVICE else 0
+        self.book_device(job, self.need(job, iterations) if job.kv in _ON_DEVICE else 0)
+
+    def book_device(self, job: Job, blocks: int) -> None:
         self.device_used += blocks - job.booked
         job.booked = blocks
 
     def need(self, job: Job, iterations: int) -> int:
         """Device blocks it may need within so many iterations more, those it has included."""
-        tokens = job.bound(self.pending(job) + iterations)
-        if job.kv is KvState.UPLOADING or job.kv is KvState.HOST:
-            tokens = max(tokens, job.host_tokens)
-        return self.blocks(tokens)
+        if job.last_plan == self.plan_id:  # asked for every row of every plan: written out
+            iterations += self.outstanding
+        else:
+            iterations += self.pending(job)
+        tokens = job.prompt_len + len(job.output) + iterations
+        if tokens > job.max_len:
+            tokens = job.max_len
+        if job.host_tokens > tokens and job.kv in _FROM_HOST:
+            tokens = job.host_tokens
+        return -(-tokens // self.info.block_size)
 
     def pending(self, job: Job) -> int:
         """Iterations it may still run under plans that were sent, at the most."""

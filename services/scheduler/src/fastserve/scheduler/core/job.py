@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastserve.scheduler.core.types import JobSpec, JobState, KvOpKind, KvState
+from fastserve.scheduler.core.types import JobSpec, JobState, KvOpKind, KvState, PlanRow
 
 
 class Job:
@@ -33,6 +33,7 @@ class Job:
         "place",
         "preemptions",
         "prompt_len",
+        "row",
         "seq",
         "spec",
         "state",
@@ -71,6 +72,7 @@ class Job:
         self.peak = 0  # most tokens that were ever computed
         self.op: KvOpKind | None = None  # the KV operation under way: one at a time
         self.last_plan = 0  # the newest plan of its group that has a row for it
+        self.row: PlanRow | None = None  # that of a decode: the same in plan after plan
         self.booked = 0  # device blocks that nobody else may have
         self.host_booked = 0  # likewise on the host
         self.named = False  # the worker knows it: it must hear of its end

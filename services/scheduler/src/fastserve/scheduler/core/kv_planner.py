@@ -74,6 +74,8 @@ def keep_reserve(draft: Draft) -> None:
 def bring_back(draft: Draft, next_jobs: Iterable[Job]) -> None:
     """Upload jobs that will run soon, in their order, while plenty is free."""
     group = draft.group
+    if not group.host_used:
+        return
     left = 2 * _reserve(draft)
     for job in next_jobs:
         if job.kv is KvState.HOST and job.op is None:

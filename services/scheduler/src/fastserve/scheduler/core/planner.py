@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 
 from fastserve.scheduler.core import kv_planner
 from fastserve.scheduler.core.draft import Draft
@@ -43,10 +43,10 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         kv_planner.keep_reserve(draft)
         kv_planner.bring_back(draft, head)
     _stop_others(draft, now, tell, counters)
-    for row in draft.rows:
-        if row.job.state is not JobState.RUNNING:
-            group.start(row.job)
-            tell(row.job, EventKind.STARTED, now)
+    for job, _ in draft.rows:
+        if job.state is not JobState.RUNNING:
+            group.start(job)
+            tell(job, EventKind.STARTED, now)
     if not draft.ops and _goes_on(group, draft.rows):
         return None
     lease = group.config.lease
@@ -55,8 +55,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
 
 def _head(group: Group) -> list[Job]:
     """As much of the order as a plan looks at."""
-    most = group.max_rows + group.config.look_ahead + len(group.ops)
-    return list(islice(group.queue, most))
+    return group.queue.first(group.max_rows + group.config.look_ahead + len(group.ops))
 
 
 def _behind(group: Group, head: list[Job]) -> Iterator[Job]:
@@ -82,31 +81,43 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     partial_prefills = passed = 0
     behind = len(group.queue)
     max_rows, lease = group.max_rows, group.config.lease
+    rows, look_ahead = draft.rows, group.config.look_ahead
     for job in order:
         behind -= 1
-        if job.op is not None or (passed > group.config.look_ahead and not job.booked):
+        if job.op is not None or (passed > look_ahead and not job.booked):
             continue
         need = group.need(job, lease)
         if (need > job.booked or job.kv is KvState.HOST) and not _has_room(draft, job, need, now):
             passed += 1
         else:
-            rows_left = max_rows - len(draft.rows) - 1
-            # One token for everyone behind: a prompt must not stop the decodes of others.
-            tokens = min(job.remaining, max(tokens_left - min(rows_left, behind), 1))
-            partial = tokens < job.remaining
-            if partial and partial_prefills == group.config.max_partial_prefills:
-                passed += 1
-                continue
-            partial_prefills += partial
+            tokens = job.remaining
+            if tokens > 1:
+                rows_left = max_rows - len(rows) - 1
+                # One token for everyone behind: a prompt must not stop the decodes of others.
+                tokens = min(tokens, max(tokens_left - min(rows_left, behind), 1))
+                if tokens < job.remaining:
+                    if partial_prefills == group.config.max_partial_prefills:
+                        passed += 1
+                        continue
+                    partial_prefills += 1
             tokens_left -= tokens
             if job.kv is not KvState.DEVICE:
                 _settle(group, job)
             if need != job.booked:
-                group.book(job, lease)
-            draft.rows.append(PlanRow(job, tokens))
+                group.book_device(job, need)
+            rows.append(_row(job, tokens))
             draft.chosen.add(job)
-        if len(draft.rows) == max_rows or not tokens_left:
+        if len(rows) == max_rows or not tokens_left:
             return
+
+
+def _row(job: Job, tokens: int) -> PlanRow:
+    if tokens > 1:
+        return PlanRow(job, tokens)
+    row = job.row
+    if row is None:
+        row = job.row = PlanRow(job, 1)
+    return row
 
 
 def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
@@ -144,9 +155,9 @@ def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -
     group = draft.group
     if not group.plans:
         return
-    for row in group.plans[-1].rows:
-        job = row.job
-        if job.state is not JobState.RUNNING or job in draft.chosen:
+    chosen = draft.chosen
+    for job, _ in group.plans[-1].rows:
+        if job in chosen or job.state is not JobState.RUNNING:
             continue
         mode = draft.evicted.get(job, PreemptMode.RESIDENT)
         if job in draft.starved or mode is not PreemptMode.RESIDENT:
@@ -156,8 +167,8 @@ def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -
         counters[f"preemptions.{reason}.{mode}"] += 1
         group.stop(job, now)
         tell(job, EventKind.PREEMPTED, now)
-    for row in draft.rows:
-        row.job.sunk = False
+    for job in chosen:
+        job.sunk = False
 
 
 def _goes_on(group: Group, rows: list[PlanRow]) -> bool:
@@ -167,5 +178,7 @@ def _goes_on(group: Group, rows: list[PlanRow]) -> bool:
     last = group.plans[-1]
     if rows and last.lease_left <= group.config.lease // 2:
         return False
+    if last.rows == rows:  # the usual case, and quickly seen
+        return True
     before = [(job, min(tokens, job.remaining)) for job, tokens in last.rows if job.live]
     return before == rows

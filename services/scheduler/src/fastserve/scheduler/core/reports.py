@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from fastserve.scheduler.core.cost_model import CostModel, Work, chunk, work_of
 from fastserve.scheduler.core.errors import ProtocolError
@@ -24,6 +25,9 @@ from fastserve.scheduler.core.types import (
 
 # A host that refused blocks which were counted as free is left alone for so long.
 _HOST_PAUSE_S = 1.0
+
+# One per row and iteration: not by the slower way through the class.
+_ACCEPTED = partial(tuple.__new__, AcceptedToken)
 
 Tell = Callable[[Job, EventKind, float], None]
 End = Callable[[Job, FinishReason, float], None]
@@ -62,9 +66,10 @@ class ReportReader:
         work = work_of(report.rows)
         group.cost.observe(work, report.seconds)
         share = _Share(group.cost, work, report.seconds)
+        find, worker_id, charge = self._find, group.info.worker_id, group.policy.charge
         for job_id, new_tokens, computed in report.rows:
-            job = self._of_group(group, job_id)
-            if job is None:
+            job = find(job_id)
+            if job is None or job.worker_id != worker_id:
                 continue
             if computed > job.peak:
                 again = job.peak - (computed - new_tokens)
@@ -79,30 +84,30 @@ class ReportReader:
             seconds = share.decode if new_tokens <= 1 else share.prefill(computed, new_tokens)
             job.attained += seconds
             level = job.level
-            if group.policy.charge(job, seconds):
+            if charge(job, seconds):
                 job.sunk = True
                 group.queue.update(job)
                 if job.level != level:
                     self._tell(job, EventKind.DEMOTED, now)
 
     def _tokens(self, group: Group, report: Report, progress: Progress, now: float) -> None:
-        for position, sampled in enumerate(report.sampled):
-            job = self._of_group(group, sampled.job_id)
-            if job is None:
+        find, worker_id, tokens = self._find, group.info.worker_id, progress.tokens
+        for position, (job_id, index, token, reason) in enumerate(report.sampled):
+            job = find(job_id)
+            if job is None or job.worker_id != worker_id:
                 continue
-            if sampled.index > len(job.output):
-                text = f"the worker left out tokens {len(job.output)} to {sampled.index - 1}"
-                self._finish(group, job.job_id, FinishReason.FAILED, text, progress, now)
+            output = job.output
+            if index > len(output):
+                text = f"the worker left out tokens {len(output)} to {index - 1}"
+                self._finish(group, job_id, FinishReason.FAILED, text, progress, now)
                 continue
-            if sampled.index == len(job.output):
-                job.output.append(sampled.token)
-                token = AcceptedToken(job.job_id, sampled.index, sampled.token, position)
-                progress.tokens.append(token)
-            reason = sampled.finish
-            if reason is None and job.known_len >= job.max_len:
+            if index == len(output):
+                output.append(token)
+                tokens.append(_ACCEPTED((job_id, index, token, position)))
+            if reason is None and job.prompt_len + len(output) >= job.max_len:
                 reason = FinishReason.LENGTH
             if reason is not None:
-                self._finish(group, job.job_id, reason, "", progress, now)
+                self._finish(group, job_id, reason, "", progress, now)
 
     def _finish(
         self,

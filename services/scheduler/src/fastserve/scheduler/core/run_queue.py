@@ -34,6 +34,15 @@ class RunQueue:
             for _, job in run:
                 yield job
 
+    def first(self, count: int) -> list[Job]:
+        """The best so many, or all if there are fewer."""
+        jobs: list[Job] = []
+        for run in self._runs:
+            jobs += [job for _, job in run[: count - len(jobs)]]
+            if len(jobs) == count:
+                break
+        return jobs
+
     def add(self, job: Job) -> None:
         job.key = key = self._key(job)
         self._size += 1

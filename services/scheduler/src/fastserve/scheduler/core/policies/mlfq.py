@@ -13,6 +13,8 @@ this is what is done here:
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key, Promoting, class_rank
 from fastserve.scheduler.core.types import JobState
@@ -23,6 +25,11 @@ class Mlfq(Promoting):
 
     name = "mlfq"
     preemptive = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Quanta in units of q1.
+        self._growth = [self.config.quantum_ratio**level for level in range(self.config.levels)]
 
     def key(self, job: Job) -> Key:
         return (
@@ -36,14 +43,14 @@ class Mlfq(Promoting):
 
     def quantum(self, level: int) -> float:
         """Seconds of service in a level."""
-        return self.cost.decode_s * self.config.quantum_ratio**level
+        return self.cost.decode_s * self._growth[level]
 
     def quanta(self) -> list[float]:
         return [self.quantum(level) for level in range(self.config.levels)]
 
     def charge(self, job: Job, seconds: float) -> bool:
         job.used += seconds
-        quantum = self.quantum(job.level)
+        quantum = self.cost.decode_s * self._growth[job.level]
         if job.used < quantum:
             return False
         last = self.config.levels - 1
