@@ -96,6 +96,11 @@ class Job:
         """Not ended."""
         return self.state in _LIVE
 
+    def decode_row(self) -> PlanRow:
+        """Makes `row`."""
+        self.row = PlanRow(self, 1)
+        return self.row
+
     def bound(self, iterations: int) -> int:
         """Most tokens it can have in device KV after so many iterations more."""
         tokens = self.prompt_len + len(self.output) + iterations

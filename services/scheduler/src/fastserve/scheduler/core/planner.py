@@ -43,8 +43,9 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         kv_planner.keep_reserve(draft)
         kv_planner.bring_back(draft, head)
     _stop_others(draft, now, tell, counters)
+    running = JobState.RUNNING
     for job, _ in draft.rows:
-        if job.state is not JobState.RUNNING:
+        if job.state is not running:
             group.start(job)
             tell(job, EventKind.STARTED, now)
     if not draft.ops and _goes_on(group, draft.rows):
@@ -60,6 +61,8 @@ def _head(group: Group) -> list[Job]:
 
 def _behind(group: Group, head: list[Job]) -> Iterator[Job]:
     """Whoever can run without moving, in order; only sorted out if the head leaves rows."""
+    if len(head) == len(group.queue):
+        return
     seen = set(head)
     yield from sorted((job for job in group.resident if job not in seen), key=lambda job: job.key)
 
@@ -76,48 +79,43 @@ def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> No
 
 
 def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
-    group = draft.group
-    tokens_left = group.max_tokens
+    # Everything that a decode comes by on its way is a local: there is one per row and iteration.
+    group, rows, chosen = draft.group, draft.rows, draft.chosen
+    lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
+    on_host, on_device = KvState.HOST, KvState.DEVICE
+    rows_left, tokens_left = group.max_rows, group.max_tokens
     partial_prefills = passed = 0
     behind = len(group.queue)
-    max_rows, lease = group.max_rows, group.config.lease
-    rows, look_ahead = draft.rows, group.config.look_ahead
     for job in order:
         behind -= 1
         if job.op is not None or (passed > look_ahead and not job.booked):
             continue
-        need = group.need(job, lease)
-        if (need > job.booked or job.kv is KvState.HOST) and not _has_room(draft, job, need, now):
+        need = need_of(job, lease)
+        if (need > job.booked or job.kv is on_host) and not _has_room(draft, job, need, now):
             passed += 1
+            continue
+        tokens = job.prompt_len + len(job.output) - job.computed
+        if tokens == 1:
+            row = job.row or job.decode_row()
         else:
-            tokens = job.remaining
-            if tokens > 1:
-                rows_left = max_rows - len(rows) - 1
-                # One token for everyone behind: a prompt must not stop the decodes of others.
-                tokens = min(tokens, max(tokens_left - min(rows_left, behind), 1))
-                if tokens < job.remaining:
-                    if partial_prefills == group.config.max_partial_prefills:
-                        passed += 1
-                        continue
-                    partial_prefills += 1
-            tokens_left -= tokens
-            if job.kv is not KvState.DEVICE:
-                _settle(group, job)
-            if need != job.booked:
-                group.book_device(job, need)
-            rows.append(_row(job, tokens))
-            draft.chosen.add(job)
-        if len(rows) == max_rows or not tokens_left:
+            # One token for everyone behind: a prompt must not stop the decodes of others.
+            tokens = min(tokens, max(tokens_left - min(rows_left - 1, behind), 1))
+            if tokens < job.remaining:
+                if partial_prefills == group.config.max_partial_prefills:
+                    passed += 1
+                    continue
+                partial_prefills += 1
+            row = PlanRow(job, tokens)
+        rows_left -= 1
+        tokens_left -= tokens
+        if job.kv is not on_device:
+            _settle(group, job)
+        if need != job.booked:
+            group.book_device(job, need)
+        rows.append(row)
+        chosen.add(job)
+        if not rows_left or not tokens_left:
             return
-
-
-def _row(job: Job, tokens: int) -> PlanRow:
-    if tokens > 1:
-        return PlanRow(job, tokens)
-    row = job.row
-    if row is None:
-        row = job.row = PlanRow(job, 1)
-    return row
 
 
 def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:

@@ -67,6 +67,7 @@ class ReportReader:
         group.cost.observe(work, report.seconds)
         share = _Share(group.cost, work, report.seconds)
         find, worker_id, charge = self._find, group.info.worker_id, group.policy.charge
+        drop_device, decode_s = KvOpKind.DROP_DEVICE, share.decode
         for job_id, new_tokens, computed in report.rows:
             job = find(job_id)
             if job is None or job.worker_id != worker_id:
@@ -78,10 +79,10 @@ class ReportReader:
                 again = new_tokens
             if again > 0:
                 self._counters["tokens.recomputed"] += again
-            if job.op is not KvOpKind.DROP_DEVICE:  # else it is gone by now
+            if job.op is not drop_device:  # else it is gone by now
                 job.computed = computed
             # A row may have had nothing to do, for want of a block.
-            seconds = share.decode if new_tokens <= 1 else share.prefill(computed, new_tokens)
+            seconds = decode_s if new_tokens <= 1 else share.prefill(computed, new_tokens)
             job.attained += seconds
             level = job.level
             if charge(job, seconds):
