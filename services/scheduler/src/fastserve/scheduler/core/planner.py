@@ -32,7 +32,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
     _promote(group, now, tell, counters)
-    if group.policy.resort(now, len(group.waiting)):
+    if group.queue.may_resort() and group.policy.resort(now, len(group.waiting)):
         group.queue.resort()
     group.host_closed = now < group.host_reopens
     draft = Draft(group)
@@ -178,5 +178,12 @@ def _goes_on(group: Group, rows: list[PlanRow]) -> bool:
         return False
     if last.rows == rows:  # the usual case, and quickly seen
         return True
-    before = [(job, min(tokens, job.remaining)) for job, tokens in last.rows if job.live]
-    return before == rows
+    position = 0
+    for job, tokens in last.rows:
+        if position < len(rows) and rows[position].job is job:
+            if rows[position].tokens != min(tokens, job.remaining):
+                return False
+            position += 1
+        elif job.live:
+            return False
+    return position == len(rows)

@@ -75,7 +75,8 @@ class Policy(ABC):
     def resort(self, now: float, waiting: int) -> bool:
         """Whether keys have changed as time went by: then the whole queue is sorted anew.
 
-        waiting: jobs without a row. Asked before every plan; should rarely say yes.
+        waiting: jobs without a row. Asked before every plan, of long queues only after many
+        changes (`RunQueue.may_resort`); should rarely say yes.
         """
         return False
 
