@@ -11,7 +11,7 @@ from fastserve.scheduler.core.policies.base import Key
 _Entry = tuple[Key, Job]
 _LONGEST = 512  # entries of a run
 _QUICK = 1024  # jobs that may be sorted anew at any time
-_PER_CHANGE = 8  # beyond that: jobs sorted anew per change since the last time
+_PER_CHANGE = 1  # beyond that: jobs sorted anew per change since the last time
 
 
 class RunQueue:
