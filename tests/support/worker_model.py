@@ -88,6 +88,9 @@ class WorkerModel:
         self.done: list[OpDone] = []
         self.clock = 0.0  # seconds that iterations took
         self.host_loses = False  # the sidecar died: uploads report LOST
+        self.host_refuses = False  # offloads report NO_HOST_SPACE, whatever is free
+        self.device_refuses = False  # uploads report NO_DEVICE_SPACE, likewise
+        self.stalls: set[str] = set()  # jobs that find no block in the next iteration
 
     # --- memory ------------------------------------------------------------------------------
 
@@ -151,11 +154,13 @@ class WorkerModel:
             op = job.ops[0]
             if op.kind is KvOpKind.OFFLOAD and job.host < job.computed:
                 more = self._blocks(job.computed) - job.host_blocks
-                if more > self.free_host:
+                if more > self.free_host or self.host_refuses:
                     self._end(job, KvStatus.NO_HOST_SPACE)
                     continue
                 job.host_blocks += max(0, more)
                 job.copying = True
+            elif op.kind is KvOpKind.UPLOAD and self.device_refuses:
+                self._end(job, KvStatus.NO_DEVICE_SPACE)
             elif op.kind is KvOpKind.UPLOAD and not self.host_loses and job.host:
                 blocks = self._blocks(job.host)
                 assert blocks <= self.free_device, "an upload without room"
@@ -206,9 +211,13 @@ class WorkerModel:
 
     # --- iterations --------------------------------------------------------------------------
 
-    def step(self, seconds: float = 0.010) -> Report | None:
-        """One boundary and one iteration, if there is anything to do or to tell."""
-        self.apply_all()
+    def step(self, seconds: float = 0.010, *, boundary: bool = True) -> Report | None:
+        """One boundary and one iteration, if there is anything to do or to tell.
+
+        Without the boundary it is an iteration that began before the newest plans came.
+        """
+        if boundary:
+            self.apply_all()
         rows: list[RowResult] = []
         sampled: list[SampledToken] = []
         context = total = 0
@@ -218,7 +227,7 @@ class WorkerModel:
             self.lease -= 1
             self.iteration += 1
             for job, most in self._live_rows():
-                count = min(most, job.known - job.computed)
+                count = 0 if job.job_id in self.stalls else min(most, job.known - job.computed)
                 total += count
                 blocks = self._blocks(job.computed + count)
                 assert blocks - job.device_blocks <= self.free_device, "no block for a row"
@@ -226,10 +235,11 @@ class WorkerModel:
                 job.computed += count
                 context += job.computed
                 rows.append(RowResult(job.job_id, count, job.computed))
-                if job.computed == job.known:
+                if count and job.computed == job.known:
                     sampled.append(self._sample(job))
             assert total <= self.info.max_num_batched_tokens, "too many tokens in an iteration"
             self.clock += seconds
+        stalled, self.stalls = sorted(self.stalls & {row.job_id for row in rows}), set()
         done, self.done = self.done, []
         if not ran and not done:
             return None
@@ -239,6 +249,7 @@ class WorkerModel:
             rows=rows,
             sampled=sampled,
             ops=done,
+            stalled=stalled,
             free_device_blocks=self.free_device,
             free_host_blocks=self.free_host,
             seconds=seconds,

@@ -3,6 +3,10 @@ kept, tokens exactly once, and every job finishes."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -12,9 +16,15 @@ from fastserve.scheduler.core import (
     Inventory,
     JobSpec,
     JobState,
+    KvStatus,
     KvStrategy,
+    OpDone,
     Progress,
+    ProtocolError,
     RejectReason,
+    Report,
+    RowResult,
+    SampledToken,
     Scheduler,
     SchedulerConfig,
     WorkerInfo,
@@ -23,6 +33,20 @@ from fastserve.scheduler.core.policies import POLICIES
 from support.worker_model import WorkerModel, token_of, worker_info
 
 MAX_LEN = 64
+
+# What a worker may get wrong so that its stream cannot be trusted any more.
+_IMPOSSIBLE: dict[str, Callable[[Report], Report]] = {
+    "an iteration left out": lambda report: dataclasses.replace(
+        report, iteration=report.iteration + 1 if report.iteration else 10_000
+    ),
+    "a plan that was never sent": lambda report: dataclasses.replace(report, plan_id=10_000),
+    "an operation that was never sent": lambda report: dataclasses.replace(
+        report, ops=[*report.ops, OpDone(10_000, KvStatus.OK)]
+    ),
+    "an operation that ends twice": lambda report: dataclasses.replace(
+        report, ops=[*report.ops, *(report.ops or [OpDone(10_000, KvStatus.OK)])]
+    ),
+}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -107,14 +131,27 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert row.job.worker_id == name, "a job at two workers"
             self.workers[name].receive(plan)
 
-    def _step(self, name: str) -> bool:
+    def _step(self, name: str, *, boundary: bool = True) -> bool:
         """One iteration; False if there was nothing to do."""
-        report = self.workers[name].step()
+        report = self.workers[name].step(boundary=boundary)
         self.now += 0.010
         if report is None:
             return False
         self._absorb(self.scheduler.on_report(name, report, self.now))
         return True
+
+    def _one_row(self, data: st.DataObject, name: str) -> str | None:
+        """A job that will have a row in the next iteration."""
+        model = self.workers[name]
+        model.apply_all()
+        if model.plan is None or not model.lease:
+            return None
+        ready = [
+            job.job_id
+            for job, _ in model._live_rows()
+            if job.job_id in self.output and job.job_id not in self.ended
+        ]
+        return data.draw(st.sampled_from(ready)) if ready else None
 
     @rule(
         prompt=st.integers(1, 40),
@@ -122,9 +159,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(1, 30),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         deadline=st.sampled_from([None, None, None, 0.3]),
+        service_class=st.sampled_from(["interactive", "default", "batch", "of another deployment"]),
     )
     def submit(
-        self, prompt: int, max_tokens: int, length: int, priority: int, deadline: float | None
+        self,
+        prompt: int,
+        max_tokens: int,
+        length: int,
+        priority: int,
+        deadline: float | None,
+        service_class: str,
     ) -> None:
         self.count += 1
         job_id = f"j{self.count}"
@@ -134,6 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             tuple(range(prompt)),
             max_tokens,
             self.now,
+            service_class=service_class,
             priority=priority,
             deadline=None if deadline is None else self.now + deadline,
         )
@@ -162,6 +207,100 @@ class SchedulerMachine(RuleBasedStateMachine):
     def replan(self, data: st.DataObject) -> None:
         """A plan that the worker gets while it is busy."""
         self._plan(data.draw(st.sampled_from(sorted(self.workers))))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def a_plan_comes_too_late(self, data: st.DataObject) -> None:
+        """For the iteration under way, whose report is one of an old plan."""
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        self._plan(name)
+        self._step(name, boundary=False)
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), what=st.sampled_from(sorted(_IMPOSSIBLE)))
+    def an_impossible_report(self, data: st.DataObject, what: str) -> None:
+        """Nothing changes by it: what is true can still be told afterwards."""
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        report = self.workers[name].step()
+        if report is None:
+            return
+        before = _state_of(self.scheduler)
+        with pytest.raises(ProtocolError):
+            self.scheduler.on_report(name, _IMPOSSIBLE[what](report), self.now)
+        assert _state_of(self.scheduler) == before
+        self._absorb(self.scheduler.on_report(name, report, self.now))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def a_report_of_strangers(self, data: st.DataObject) -> None:
+        """Jobs that are unknown or over are no news, and neither are tokens that were told."""
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        report = self.workers[name].step()
+        if report is None:
+            return
+        told = [
+            SampledToken(job.job_id, 0, job.output[0])
+            for job in self.scheduler.jobs()
+            if job.output
+        ]
+        odd = dataclasses.replace(
+            report,
+            rows=[
+                *report.rows,
+                RowResult("stranger", 1, 9),
+                *(RowResult(i, 1, 9) for i in self.ended),
+            ],
+            sampled=[*told, SampledToken("stranger", 0, 1), *report.sampled],
+            failed=[("stranger", "not finite"), *((i, "too late") for i in self.ended)],
+        )
+        self._absorb(self.scheduler.on_report(name, odd, self.now))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), gap=st.booleans())
+    def a_row_fails(self, data: st.DataObject, gap: bool) -> None:
+        """By what the worker says, or since a token is missing: the job fails, alone."""
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        job_id = self._one_row(data, name)
+        if job_id is None:
+            return
+        report = self.workers[name].step()
+        assert report is not None
+        sampled = [token for token in report.sampled if token[0] != job_id]
+        if gap:
+            skipped = SampledToken(job_id, len(self.output[job_id]) + 1, 7)
+            odd = dataclasses.replace(report, sampled=[*sampled, skipped])
+        else:
+            odd = dataclasses.replace(report, sampled=sampled, failed=[(job_id, "not finite")])
+        self.workers[name].held[job_id].finished = True
+        self._absorb(self.scheduler.on_report(name, odd, self.now))
+        assert self.ended[job_id] is FinishReason.FAILED
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def a_row_stalls(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        job_id = self._one_row(data, name)
+        if job_id is not None:
+            self.workers[name].stalls.add(job_id)
+            self._step(name)
+
+    @precondition(lambda self: self.workers)
+    @rule(
+        data=st.data(),
+        trouble=st.sampled_from(["host_loses", "host_refuses", "device_refuses"]),
+        iterations=st.integers(1, 6),
+    )
+    def copies_fail(self, data: st.DataObject, trouble: str, iterations: int) -> None:
+        """LOST, NO_HOST_SPACE or NO_DEVICE_SPACE, for some iterations."""
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        model = self.workers[name]
+        setattr(model, trouble, True)
+        for _ in range(iterations):
+            self._plan(name)
+            model.apply_all()
+            model.finish_copies()
+            self._step(name)
+        setattr(model, trouble, False)
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data())
@@ -247,6 +386,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         for model in self.workers.values():
             assert not model.held, "something stays behind at the worker"
             assert model.free_device == model.info.device_blocks
+
+
+def _state_of(scheduler: Scheduler) -> object:
+    """All that decisions depend on."""
+    fields = (
+        "job_id", "state", "kv", "op", "key", "attained", "used", "computed", "host_tokens",
+        "booked", "host_booked", "peak", "output",
+    )  # fmt: skip
+    jobs = [tuple(repr(getattr(job, name)) for name in fields) for job in scheduler.jobs()]
+    of_group = ("device_used", "host_used", "plan_id", "iteration", "outstanding", "to_release")
+    groups = [
+        (*(repr(getattr(group, name)) for name in of_group), list(group.ops), list(group.queue))
+        for group in scheduler._groups.values()
+    ]
+    return jobs, groups, dict(scheduler.counters)
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -95,8 +95,8 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
             passed += 1
             continue
         tokens = job.prompt_len + len(job.output) - job.computed
-        if tokens == 1:
-            row = job.row or job.decode_row()
+        if tokens <= 1:  # 0: the worker is ahead of the tokens that it told
+            tokens, row = 1, job.row or job.decode_row()
         else:
             # One token for everyone behind: a prompt must not stop the decodes of others.
             tokens = min(tokens, max(tokens_left - min(rows_left - 1, behind), 1))

@@ -42,11 +42,14 @@ class ReportReader:
         self._find, self._end, self._tell, self._counters = find, end, tell, counters
 
     def apply(self, group: Group, report: Report, now: float) -> Progress:
-        """Raises `ProtocolError` for what the worker cannot have seen."""
+        """Raises `ProtocolError` for what the worker cannot have seen; nothing has changed then."""
         if report.plan_id > group.plan_id:
             raise ProtocolError(f"report of plan {report.plan_id}, sent were {group.plan_id}")
         if report.iteration and report.iteration != group.iteration + 1:
             raise ProtocolError(f"iteration {report.iteration} after {group.iteration}")
+        for op_id, times in Counter(done.op_id for done in report.ops).items():
+            if op_id not in group.ops or times > 1:
+                raise ProtocolError(f"KV operation {op_id} was never sent, or ended twice")
         group.iteration += bool(report.iteration)
         group.reached(report.plan_id, bool(report.iteration))
         progress = Progress([], [])
@@ -93,7 +96,7 @@ class ReportReader:
 
     def _tokens(self, group: Group, report: Report, progress: Progress, now: float) -> None:
         find, worker_id, tokens = self._find, group.info.worker_id, progress.tokens
-        for position, (job_id, index, token, reason) in enumerate(report.sampled):
+        for position, (job_id, index, token, finish) in enumerate(report.sampled):
             job = find(job_id)
             if job is None or job.worker_id != worker_id:
                 continue
@@ -105,6 +108,7 @@ class ReportReader:
             if index == len(output):
                 output.append(token)
                 tokens.append(_ACCEPTED((job_id, index, token, position)))
+            reason = finish
             if reason is None and job.prompt_len + len(output) >= job.max_len:
                 reason = FinishReason.LENGTH
             if reason is not None:
@@ -131,9 +135,7 @@ class ReportReader:
     # --- KV operations -----------------------------------------------------------------------
 
     def _operation(self, group: Group, done: OpDone, now: float) -> None:
-        op = group.ops.pop(done.op_id, None)
-        if op is None:
-            raise ProtocolError(f"KV operation {done.op_id} was never sent, or ended twice")
+        op = group.ops.pop(done.op_id)
         if op.leftover is not None:
             group.device_used -= op.leftover.device
             group.host_used -= op.leftover.host
