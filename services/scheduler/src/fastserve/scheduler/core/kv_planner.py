@@ -30,6 +30,7 @@ _MOST_DROPS = 2
 def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     """Let worse jobs leave until `need` blocks are or will be free; returns how many that are.
 
+    Nobody leaves if all of them together are not enough: it would only come back.
     Jobs that come earlier in the order but did not fit either leave for an older one that starves:
     else each could hold what the other needs.
     """
@@ -40,14 +41,16 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     worse = [
         victim
         for victim in _victims(draft)
-        if victim.key > job.key or (starving and victim.seq > job.seq)
+        if (any_victim or victim.state is not JobState.RUNNING)
+        and (victim.key > job.key or (starving and victim.seq > job.seq))
     ]
+    if coming + sum(victim.booked for victim in worse) < need:
+        return coming
     for victim in worse:
         if coming >= need:
             break
         booked = victim.booked
-        allowed = any_victim or victim.state is not JobState.RUNNING
-        if allowed and _evict(draft, victim, worse, gainer=job):
+        if _evict(draft, victim, worse, gainer=job):
             coming += booked
     return coming
 
