@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload benchmarks cli
+MUTANTS ?= 120
+MUTATED ?= core\.(planner|kv_planner|reports|group|run_queue|draft|policies)
 STAMP := $(VENV)/.fastserve-installed
 
-.PHONY: help setup run test test-all lint format proto bench-scheduler clean
+.PHONY: help setup run test test-all mutation lint format proto bench-scheduler clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -37,6 +39,21 @@ test: setup ## Run the tests (all but the slow ones)
 
 test-all: setup ## Run all tests, the slow ones too
 	$(BIN)/python -m pytest
+
+# mutmut wants src/ and tests/ at the top. build/mutation is laid out so; names of mutants come first.
+mutation: setup ## Mutation testing of the scheduler's core, a sample of MUTANTS (slow; not in CI)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	rm -rf build/mutation && mkdir -p build/mutation/src/fastserve/scheduler build/mutation/tests/unit
+	cp services/scheduler/src/fastserve/scheduler/__init__.py build/mutation/src/fastserve/scheduler/
+	cp -r services/scheduler/src/fastserve/scheduler/core build/mutation/src/fastserve/scheduler/
+	cp -r tests/support build/mutation/tests/ && cp -r tests/unit/scheduler_core build/mutation/tests/unit/
+	cp tests/mutation.toml build/mutation/pyproject.toml
+	cd build/mutation && PATH="$(abspath $(BIN)):$$PATH" && \
+	  { mutmut run none > generated.log 2>&1 || true; } && \
+	  mutmut results --all true | sed 's/:.*//; s/ //g' | grep -E '$(MUTATED)' | sort > names && \
+	  mutmut run --max-children 2 $$(shuf -n $(MUTANTS) --random-source=<(yes 1) names) > run.log 2>&1; \
+	  mutmut results --all true | grep -v 'not checked' | sed 's/.*: //' | sort | uniq -c; \
+	  mutmut results | grep survived
 
 lint: setup ## Check style, types, import rules, contracts and generated code
 	$(BIN)/ruff check .

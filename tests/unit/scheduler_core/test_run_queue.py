@@ -36,3 +36,30 @@ def test_it_is_a_sorted_sequence_whatever_happens() -> None:
     for job in list(queue):
         queue.remove(job)
     assert list(queue) == [] and len(queue) == 0
+
+
+def test_the_first_are_the_best_however_many_runs_they_take() -> None:
+    jobs = [Job(JobSpec(str(n), range(1), 1, 0.0), n, 0.0) for n in range(2000)]
+    queue = RunQueue(lambda job: (-job.seq,))
+    for job in jobs:
+        queue.add(job)
+    best_first = jobs[::-1]
+    for count in (0, 1, 600, 2000, 5000):
+        assert queue.first(count) == best_first[:count]
+
+
+def test_a_long_queue_is_sorted_anew_only_after_as_many_changes() -> None:
+    jobs = [Job(JobSpec(str(n), range(1), 1, 0.0), n, 0.0) for n in range(1025)]
+    queue = RunQueue(lambda job: (job.seq,))
+    for job in jobs:
+        queue.add(job)
+    queue.resort()
+    assert not queue.may_resort()
+    for job in jobs[:1024]:
+        queue.update(job)
+    assert not queue.may_resort()
+    queue.update(jobs[-1])
+    assert queue.may_resort()
+    queue.resort()
+    queue.remove(jobs[0])
+    assert queue.may_resort(), "a short one at any time"
