@@ -97,7 +97,7 @@ def test_a_handle_dies_with_its_release(stream: Stream) -> None:
         done_seconds=[0.5],
     )
     decoded = stream.codec.decode(report)  # rows of the same report may still name it
-    assert decoded.rows[0].job_id == "a"
+    assert decoded.rows[0][0] == "a"
     assert decoded.ops == [(5, KvStatus.OK, 0, 0, 0.5)]
     with pytest.raises(ProtocolError, match="unknown handle"):
         stream.codec.decode(worker_pb2.IterationReport(stalled_handles=[handle]))

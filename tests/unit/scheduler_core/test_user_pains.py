@@ -25,11 +25,11 @@ def _run(policy: str, jobs: Sequence[SimJob], **options: object) -> SimResult:
     return simulate(jobs, SimOptions(policy, OPT_13B, **options))  # type: ignore[arg-type]
 
 
-def _ttft(result: SimResult) -> np.ndarray:  # type: ignore[type-arg]
+def _ttft(result: SimResult) -> np.ndarray:
     return result.first_token_s - result.arrival_s
 
 
-def _e2e(result: SimResult) -> np.ndarray:  # type: ignore[type-arg]
+def _e2e(result: SimResult) -> np.ndarray:
     return result.end_s - result.arrival_s
 
 
