@@ -53,7 +53,7 @@ mutation: setup ## Mutation testing of the scheduler's core, a sample of MUTANTS
 	  mutmut results --all true | sed 's/:.*//; s/ //g' | grep -E '$(MUTATED)' | sort > names && \
 	  mutmut run --max-children 2 $$(shuf -n $(MUTANTS) --random-source=<(yes 1) names) > run.log 2>&1; \
 	  mutmut results --all true | grep -v 'not checked' | sed 's/.*: //' | sort | uniq -c; \
-	  mutmut results | grep survived
+	  mutmut results | grep survived || true
 
 lint: setup ## Check style, types, import rules, contracts and generated code
 	$(BIN)/ruff check .
