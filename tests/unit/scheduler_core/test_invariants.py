@@ -122,9 +122,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(1, 30),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         deadline=st.sampled_from([None, None, None, 0.3]),
+        tenant=st.sampled_from(["default", "default", "acme", "zoo"]),
+        service_class=st.sampled_from(["default", "default", "interactive", "batch"]),
     )
     def submit(
-        self, prompt: int, max_tokens: int, length: int, priority: int, deadline: float | None
+        self,
+        prompt: int,
+        max_tokens: int,
+        length: int,
+        priority: int,
+        deadline: float | None,
+        tenant: str,
+        service_class: str,
     ) -> None:
         self.count += 1
         job_id = f"j{self.count}"
@@ -134,6 +143,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             tuple(range(prompt)),
             max_tokens,
             self.now,
+            tenant=tenant,
+            tenant_weight=2.0 if tenant == "acme" else 1.0,
+            service_class=service_class,
             priority=priority,
             deadline=None if deadline is None else self.now + deadline,
         )

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastserve.scheduler.core.types import JobSpec, JobState, KvOpKind, KvState
+
+if TYPE_CHECKING:
+    from fastserve.scheduler.core.fair_queue import Lane
+    from fastserve.scheduler.core.run_queue import RunQueue
 
 
 class Job:
@@ -22,6 +28,7 @@ class Job:
         "host_tokens",
         "key",
         "kv",
+        "lane",
         "last_plan",
         "level",
         "limit",
@@ -33,6 +40,7 @@ class Job:
         "place",
         "preemptions",
         "prompt_len",
+        "queue",
         "seq",
         "spec",
         "state",
@@ -50,6 +58,10 @@ class Job:
         self.output: list[int] = []
         self.state = JobState.QUEUED
         self.worker_id: str | None = None  # the worker group it belongs to
+
+        # Its place in its group; set while it has one.
+        self.lane: Lane  # of its tenant
+        self.queue: RunQueue  # the part of its lane where it stands, or of those that were lifted
 
         # Policy.
         self.key: tuple[float, ...] = ()  # where it stands in its queue

@@ -37,10 +37,11 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     if draft.group.config.kv_strategy is KvStrategy.DEFER and not (job.booked or starving):
         return coming
     any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
+    place = draft.place(job)
     worse = [
         victim
         for victim in _victims(draft)
-        if victim.key > job.key or (starving and victim.seq > job.seq)
+        if draft.place(victim) > place or (starving and victim.seq > job.seq)
     ]
     for victim in worse:
         if coming >= need:
@@ -93,7 +94,7 @@ def _reserve(draft: Draft) -> int:
 def _victims(draft: Draft) -> list[Job]:
     """Jobs whose device blocks could be freed, the one that runs last first."""
     idle = [job for job in draft.group.resident if job.op is None and job not in draft.chosen]
-    idle.sort(key=lambda job: job.key, reverse=True)
+    idle.sort(key=draft.place, reverse=True)
     return idle
 
 

@@ -62,6 +62,7 @@ class ReportReader:
         work = work_of(report.rows)
         group.cost.observe(work, report.seconds)
         share = _Share(group.cost, work, report.seconds)
+        shared = group.queue.shared
         for job_id, new_tokens, computed in report.rows:
             job = self._of_group(group, job_id)
             if job is None:
@@ -78,6 +79,8 @@ class ReportReader:
             # A row may have had nothing to do, for want of a block.
             seconds = share.decode if new_tokens <= 1 else share.prefill(computed, new_tokens)
             job.attained += seconds
+            if shared:
+                group.queue.charge(job, seconds)
             level = job.level
             if group.policy.charge(job, seconds):
                 job.sunk = True

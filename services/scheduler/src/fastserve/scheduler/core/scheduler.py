@@ -313,7 +313,7 @@ class Scheduler:
 
 def _check_group(group: Group) -> None:
     jobs = list(group.queue)
-    _demand([group.policy.key(job) for job in jobs] == sorted(job.key for job in jobs), "order")
+    group.queue.check()
     ended = [*group.to_release.values()]
     ended += [op.leftover for op in group.ops.values() if op.leftover is not None]
     device = sum(job.booked for job in jobs) + sum(leftover.device for leftover in ended)

@@ -124,8 +124,9 @@ class JobSpec:
     """What was submitted.
 
     `service_class` ("interactive", "default" or "batch") comes first in the order, or is a
-    head start in `fastserve`; then `priority` (lower is sooner). `fcfs` and `hrrn` go by neither.
-    `tenant` is carried for metrics.
+    head start in `fastserve`; then the tenants of the class share service by `tenant_weight`; then
+    `priority` (lower is sooner) orders the jobs of a tenant. `fcfs` and `hrrn` go by none of them.
+    Raises ValueError for a weight that is not greater than 0.
     """
 
     job_id: str
@@ -133,9 +134,14 @@ class JobSpec:
     max_tokens: int
     arrival: float
     tenant: str = "default"
+    tenant_weight: float = 1.0
     service_class: str = "default"
     priority: int = 0
     deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tenant_weight < math.inf:
+            raise ValueError(f"tenant_weight must be greater than 0, not {self.tenant_weight}")
 
 
 class CostSample(NamedTuple):
@@ -310,6 +316,7 @@ class SchedulerConfig:
     starvation_s: float = 3.0  # alpha: waiting time after which a job is promoted
     promotion_share: float = 0.25  # of the rows, at the most, for promoted jobs
     kv_strategy: KvStrategy = KvStrategy.PROACTIVE
+    fair_sharing: bool = True  # between the tenants of a class, where the policy has it
 
     def __post_init__(self) -> None:
         at_least_one = (

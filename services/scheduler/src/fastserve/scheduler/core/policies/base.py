@@ -31,6 +31,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     preemptive: ClassVar[bool]  # a waiting job may take the row or the memory of a running one
+    fair: ClassVar[bool] = False  # the tenants of a class share service, see `FairQueue`
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class Mlfq(Promoting):
 
     name = "mlfq"
     preemptive = True
+    fair = True
 
     def key(self, job: Job) -> Key:
         return (
