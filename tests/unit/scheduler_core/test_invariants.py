@@ -156,7 +156,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             waiting = sum(j.state is not JobState.RUNNING for j in self.scheduler.jobs())
             assert waiting >= 12 and rejection.retry_after_s >= 1
         else:
-            assert rejection.reason is RejectReason.NO_WORKER and not self.workers
+            assert (rejection.reason is RejectReason.NO_WORKER and not self.workers) or (
+                rejection.reason is RejectReason.DEADLINE and deadline is not None
+            )
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), iterations=st.integers(1, 6), plans=st.booleans())

@@ -84,8 +84,11 @@ def bring_back(draft: Draft, next_jobs: Iterable[Job]) -> None:
 
 
 def _reserve(draft: Draft) -> int:
-    """Idle blocks to keep: an average newcomer, and the growth of all rows during a lease."""
+    """Idle blocks to keep: as configured, or else room for an average newcomer and for the growth
+    of all rows during a lease."""
     group = draft.group
+    if group.config.kv_reserve_blocks is not None:
+        return min(group.config.kv_reserve_blocks, group.info.device_blocks)
     growth = group.blocks(group.max_rows * group.config.lease)
     wanted = round(group.newcomer_blocks) + growth
     return min(wanted, int(group.info.device_blocks * _LARGEST_RESERVE))
