@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastserve.bench.report import jain_index, latencies, report, seconds, summary, table
+from fastserve.bench.report import (
+    jain_index,
+    latencies,
+    lightest_tenant,
+    report,
+    seconds,
+    service_jain_index,
+    summary,
+    table,
+)
 from fastserve.bench.sim.types import SimResult
 
 _NAN = float("nan")
@@ -126,6 +135,34 @@ def test_jains_index_is_one_for_equal_tenants_and_one_nth_for_one_that_waits() -
     # A tenant counts once, however many jobs it has, and jobs without a latency do not count.
     assert jain_index(np.array([1.0, 1.0, 3.0]), ["a", "a", "b"]) == pytest.approx(16 / 20)
     assert jain_index(np.array([1.0, _NAN, 3.0]), ["a", "c", "b"]) == pytest.approx(16 / 20)
+
+
+def test_jains_index_of_service_goes_by_what_was_due() -> None:
+    """All jobs are there at 0 and one more comes at 10; who had how much by then?"""
+
+    def index(*jobs: tuple[str, int, float, float]) -> float | None:
+        """(tenant, output tokens, first token, end) per job, prompts of no tokens to speak of."""
+        made = [(0.0, 0, output, first, end) for _, output, first, end in jobs]
+        last = (10.0, 0, 0, 20.0, 21.0)
+        return service_jain_index(result(*made, last, tenants=[*(job[0] for job in jobs), "a"]))
+
+    assert index(("a", 100, 0.0, 10.0), ("b", 100, 0.0, 10.0)) == pytest.approx(1.0)
+    # Half of the first is over by then; the other tenant had nothing yet.
+    assert index(("a", 100, 0.0, 20.0), ("b", 100, 15.0, 20.0)) == pytest.approx(0.5)
+    # 75 and 25 tokens, when 50 were due to each.
+    assert index(("a", 300, 0.0, 40.0), ("b", 100, 0.0, 40.0)) == pytest.approx(0.8)
+    # 90 and 10, but the second asked for no more.
+    assert index(("a", 360, 0.0, 40.0), ("b", 10, 0.0, 5.0)) == pytest.approx(1.0)
+    assert index(("a", 100, 11.0, 12.0), ("b", 100, 11.0, _NAN)) is None
+
+
+def test_the_lightest_tenant_has_a_ttft_of_its_own() -> None:
+    assert lightest_tenant(["a", "b", "a", "c", "c"]) == "b"
+    assert lightest_tenant(["b", "a"]) == "b"
+    made = result(
+        (0.0, 9, 2, 1.0, 2.0), (0.0, 9, 2, 7.0, 8.0), (0.0, 9, 2, 1.0, 3.0), tenants=["a", "b", "a"]
+    )
+    assert reported(made)["ttft_light_s"]["p95"] == 7.0
 
 
 def test_the_table_says_what_the_report_says() -> None:

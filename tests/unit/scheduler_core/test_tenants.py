@@ -191,7 +191,7 @@ def test_priority_orders_the_jobs_of_a_tenant_and_takes_nothing_from_others() ->
     assert rig.job("a-urgent").state is JobState.RUNNING
 
 
-def test_who_starves_comes_first_whoever_it_belongs_to() -> None:
+def test_who_starves_comes_first_of_its_tenant() -> None:
     rig = rig_of("fixed-priority", rows=4, starvation_s=2.0)
     flood(rig, "a", 10)
     rig.submit("a-long", prompt=500, max_tokens=10_000, tenant="a")
@@ -202,6 +202,30 @@ def test_who_starves_comes_first_whoever_it_belongs_to() -> None:
     lifted = [job.job_id for job in rig.scheduler.jobs() if job.boosted]
     assert len(lifted) == 1  # a quarter of the rows
     assert rig.job(lifted[0]).state is JobState.RUNNING
+
+
+def test_who_starves_in_a_lower_class_comes_before_the_higher_ones() -> None:
+    """In its class another tenant is served less and goes first; then it is its turn."""
+    rig = rig_of("fixed-priority", rows=4, starvation_s=0.5)
+    flood(rig, "a", 2, service_class="batch")
+    rig.run(100)
+    rig.submit("b", prompt=500, tenant="b", max_tokens=10_000, service_class="batch")
+    flood(rig, "chat", 20, service_class="interactive")
+    rig.run(1)
+    assert rows_of(rig) == {"chat": 4}
+    rig.run(150)
+    assert sum(job.attained for job in rig.scheduler.jobs() if job.spec.tenant == "b") > 0
+
+
+def test_promotions_give_a_flood_no_more_than_its_share() -> None:
+    """Nearly all of its jobs starve; with every promoted one before the rest it had it all."""
+    rig = rig_of("fixed-priority", rows=4, starvation_s=0.2, promotion_share=1.0)
+    flood(rig, "a", 60)
+    rig.run(100)
+    flood(rig, "b", 10, prompt=500)
+    start = attained(rig, "a")
+    rig.run(200)
+    assert attained(rig, "b") >= 0.8 * (attained(rig, "a") - start)
 
 
 def test_memory_goes_by_the_same_order_as_rows() -> None:
@@ -297,16 +321,19 @@ def _compare(numbers: random.Random) -> None:
         if numbers.random() < 0.3:
             queue.settle()
         queue.check()
-        lifted = sorted((job for job in jobs if job.boosted), key=lambda job: job.key)
         classes = [
-            _slow_order([job for job in jobs if job.spec.service_class == name and not job.boosted])
+            _slow_order([job for job in jobs if job.spec.service_class == name])
             for name in ("default", "batch")
         ]
         merged: list[Job] = []
         while any(classes):
             heads = [order for order in classes if order]
-            merged.append(min(heads, key=lambda order: order[0].key).pop(0))
-        assert list(queue) == lifted + merged
+            merged.append(
+                min(heads, key=lambda order: (not any(j.boosted for j in order), order[0].key)).pop(
+                    0
+                )
+            )
+        assert list(queue) == merged
 
 
 def _slow_order(jobs: list[Job]) -> list[Job]:

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Final
 
 from fastserve.scheduler.core.errors import IntegrityError
@@ -34,15 +32,19 @@ _KEEP_S: Final = 0.5
 class Lane:
     """What one tenant has in one service class."""
 
-    __slots__ = ("attained", "home", "jobs", "number", "running", "size")
+    __slots__ = ("attained", "home", "jobs", "number", "running")
 
     def __init__(self, home: tuple[int, str], key: Callable[[Job], Key], number: int) -> None:
         self.home = home  # rank of the class, tenant
-        self.jobs = RunQueue(key)  # all but those that were lifted
+        self.jobs = RunQueue(key)
         self.number = number  # breaks ties
         self.attained = 0.0  # seconds of service by weight, while it competed
-        self.size = 0  # jobs, lifted ones included
-        self.running = 0  # those with a row
+        self.running = 0  # jobs with a row
+
+    @property
+    def contends(self) -> bool:
+        """It would take more rows than it has."""
+        return len(self.jobs) > self.running
 
 
 def _order(lane: Lane) -> tuple[float, int]:
@@ -54,10 +56,11 @@ class _Tenants:
 
     def __init__(self) -> None:
         self.lanes: list[Lane] = []
+        self.lifted = 0  # jobs that were lifted because they starved
 
     def enter(self, lane: Lane) -> None:
         self.level()
-        first = next((lane for lane in self.lanes if lane.size > lane.running), None)
+        first = next((lane for lane in self.lanes if lane.contends), None)
         if first is not None:
             lane.attained = first.attained
         elif self.lanes:
@@ -75,7 +78,7 @@ class _Tenants:
     def level(self) -> None:
         """Raise the lanes that want no more to the least served of those that do."""
         lanes = self.lanes
-        first = next((lane for lane in lanes if lane.size > lane.running), None)
+        first = next((lane for lane in lanes if lane.contends), None)
         least = first or (lanes[-1] if lanes else None)
         while least is not None and lanes[0].attained < least.attained:
             lane = lanes.pop(0)
@@ -89,6 +92,8 @@ class _Tenants:
         return self._shared()
 
     def _shared(self) -> Iterator[Job]:
+        running = JobState.RUNNING
+        job: Job | None
         entering = iter(self.lanes)
         lane = next(entering, None)
         heap: list[tuple[float, int, float, Job, Iterator[Job]]] = []
@@ -97,39 +102,38 @@ class _Tenants:
                 jobs = iter(lane.jobs)
                 job = next(jobs, None)
                 if job is not None:
-                    position = lane.attained + _handicap(job)
-                    heapq.heappush(heap, (position, lane.number, lane.attained, job, jobs))
+                    attained = lane.attained
+                    position = attained if job.state is running else attained + _KEEP_S
+                    heapq.heappush(heap, (position, lane.number, attained, job, jobs))
                 lane = next(entering, None)
             if not heap:
                 return
             _, number, attained, job, jobs = heap[0]
             yield job
-            following = next(jobs, None)
-            if following is None:
+            attained += _ROW_S / job.spec.tenant_weight
+            job = next(jobs, None)
+            if job is None:
                 heapq.heappop(heap)
             else:
-                attained += _ROW_S / job.spec.tenant_weight
-                position = attained + _handicap(following)
-                heapq.heapreplace(heap, (position, number, attained, following, jobs))
-
-
-def _handicap(job: Job) -> float:
-    return 0.0 if job.state is JobState.RUNNING else _KEEP_S
+                position = attained if job.state is running else attained + _KEEP_S
+                heapq.heapreplace(heap, (position, number, attained, job, jobs))
 
 
 class FairQueue:
     """All jobs of a group. With one tenant, and where nothing is shared, a plain `RunQueue`.
 
-    Jobs that were lifted because they starved come first, whoever's they are: that is bounded.
+    A job that was lifted because it starved comes first of its tenant's, and takes its class with
+    it before the others until it had its turn: so nobody starves, and nobody who floods the queue
+    gets more than a share by it.
     """
 
     def __init__(self, key: Callable[[Job], Key], *, fair: bool) -> None:
         """fair: share between tenants; else all jobs stand in one lane."""
         self._key = key
         self._fair = fair
-        self._lifted = RunQueue(key)
         self._lanes: dict[tuple[int, str], Lane] = {}
         self._classes: dict[int, _Tenants] = {}
+        self._lifted: set[Job] = set()
         self._due: dict[Lane, float] = {}  # service not counted yet
         self._numbers = 0
         self._size = 0
@@ -144,9 +148,28 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Job]:
         """Best first. The queue must not change while it is walked."""
-        orders = [iter(tenants) for tenants in self._classes.values()]
-        order = orders[0] if len(orders) == 1 else heapq.merge(*orders, key=lambda job: job.key)
-        return chain(self._lifted, order) if self._lifted else order
+        if len(self._classes) == 1:
+            (tenants,) = self._classes.values()
+            return iter(tenants)
+        return self._merged()
+
+    def _merged(self) -> Iterator[Job]:
+        """The classes by the key of the job that is next in each, one with lifted jobs first."""
+        ahead = []
+        for tenants in self._classes.values():
+            jobs = iter(tenants)
+            job = next(jobs)
+            ahead.append((not tenants.lifted, job.key, job, tenants.lifted, jobs))
+        while ahead:
+            best = min(ahead)
+            _, _, job, lifted, jobs = best
+            yield job
+            lifted -= job.boosted
+            following = next(jobs, None)
+            if following is None:
+                ahead.remove(best)
+            else:
+                ahead[ahead.index(best)] = (not lifted, following.key, following, lifted, jobs)
 
     def add(self, job: Job) -> None:
         """A job without a row."""
@@ -157,21 +180,17 @@ class FairQueue:
             self._numbers += 1
             lane = self._lanes[home] = Lane(home, self._key, self._numbers)
             self._classes.setdefault(home[0], _Tenants()).enter(lane)
-        lane.size += 1
         job.lane = lane
-        self._place(job)
-
-    def _place(self, job: Job) -> None:
-        job.queue = self._lifted if job.boosted and self._fair else job.lane.jobs
-        job.queue.add(job)
+        lane.jobs.add(job)
+        self._count_lifted(job, lifted=job.boosted)
 
     def remove(self, job: Job) -> None:
         self._size -= 1
-        job.queue.remove(job)
         lane = job.lane
-        lane.size -= 1
+        lane.jobs.remove(job)
         lane.running -= job.state is JobState.RUNNING
-        if not lane.size:
+        self._count_lifted(job, lifted=False)
+        if not lane.jobs:
             del self._lanes[lane.home]
             self._due.pop(lane, None)
             rank = lane.home[0]
@@ -181,8 +200,13 @@ class FairQueue:
 
     def update(self, job: Job) -> None:
         """What its key depends on has changed."""
-        job.queue.remove(job)
-        self._place(job)
+        job.lane.jobs.update(job)
+        self._count_lifted(job, lifted=job.boosted)
+
+    def _count_lifted(self, job: Job, *, lifted: bool) -> None:
+        if lifted is not (job in self._lifted):
+            self._classes[job.lane.home[0]].lifted += 1 if lifted else -1
+            self._lifted ^= {job}
 
     def start(self, job: Job) -> None:
         """It has a row from now on."""
@@ -196,7 +220,6 @@ class FairQueue:
 
     def resort(self) -> None:
         """All keys may have changed."""
-        self._lifted.resort()
         for lane in self._lanes.values():
             lane.jobs.resort()
 
@@ -216,19 +239,21 @@ class FairQueue:
 
     def check(self) -> None:
         """Raises `IntegrityError` if a lane is out of order or its counts are wrong."""
-        lanes = self._lanes.values()
-        for queue in (self._lifted, *(lane.jobs for lane in lanes)):
-            keys = [self._key(job) for job in queue]
-            if keys != sorted(keys) or keys != [job.key for job in queue]:
+        for lane in self._lanes.values():
+            keys = [self._key(job) for job in lane.jobs]
+            if keys != sorted(keys) or keys != [job.key for job in lane.jobs]:
                 raise IntegrityError("a queue is out of order")
+            running = sum(job.state is JobState.RUNNING for job in lane.jobs)
+            if lane.running != running or not lane.jobs:
+                raise IntegrityError(f"a lane counts {lane.running} of its jobs with a row")
         jobs = list(self)
-        size = Counter(job.lane for job in jobs)
-        running = Counter(job.lane for job in jobs if job.state is JobState.RUNNING)
-        for lane in lanes:
-            if (lane.size, lane.running) != (size[lane], running[lane]) or not lane.size:
-                raise IntegrityError(f"a lane counts {lane.size} jobs, {lane.running} with rows")
         if len(jobs) != self._size or len(set(jobs)) != self._size:
             raise IntegrityError(f"{self._size} jobs, but the walk meets {len(jobs)}")
+        if self._lifted != {job for job in jobs if job.boosted}:
+            raise IntegrityError("a job is lifted, or is not, and the queue does not know")
         for tenants in self._classes.values():
+            own = [job for lane in tenants.lanes for job in lane.jobs]
+            if tenants.lifted != sum(job.boosted for job in own):
+                raise IntegrityError(f"a class counts {tenants.lifted} lifted jobs")
             if tenants.lanes != sorted(tenants.lanes, key=_order):
                 raise IntegrityError("tenants are out of order")

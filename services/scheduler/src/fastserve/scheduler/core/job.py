@@ -8,7 +8,6 @@ from fastserve.scheduler.core.types import JobSpec, JobState, KvOpKind, KvState
 
 if TYPE_CHECKING:
     from fastserve.scheduler.core.fair_queue import Lane
-    from fastserve.scheduler.core.run_queue import RunQueue
 
 
 class Job:
@@ -40,7 +39,6 @@ class Job:
         "place",
         "preemptions",
         "prompt_len",
-        "queue",
         "seq",
         "spec",
         "state",
@@ -59,9 +57,7 @@ class Job:
         self.state = JobState.QUEUED
         self.worker_id: str | None = None  # the worker group it belongs to
 
-        # Its place in its group; set while it has one.
-        self.lane: Lane  # of its tenant
-        self.queue: RunQueue  # the part of its lane where it stands, or of those that were lifted
+        self.lane: Lane  # of its tenant in its group; set while it has one
 
         # Policy.
         self.key: tuple[float, ...] = ()  # where it stands in its queue
