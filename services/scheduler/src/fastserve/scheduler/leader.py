@@ -12,9 +12,11 @@ from fastserve.proto.v1 import scheduler_pb2
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import (
+    Demotion,
     FinishReason,
     JobSpec,
     JobState,
+    KvStrategy,
     Scheduler,
     SchedulerConfig,
 )
@@ -240,9 +242,9 @@ def core_config(settings: SchedulerSettings) -> SchedulerConfig:
         quantum_s=settings.quantum,
         quantum_ratio=settings.quantum_ratio,
         levels=settings.levels,
-        demotion=settings.demotion,
+        demotion=Demotion(settings.demotion),
         starvation_s=settings.starvation_threshold,
         promotion_share=settings.promotion_share,
-        kv_strategy=settings.kv_strategy,
+        kv_strategy=KvStrategy(settings.kv_strategy),
         kv_reserve_blocks=settings.kv_reserve_blocks,
     )

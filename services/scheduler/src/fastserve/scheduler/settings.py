@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import CliExplicitFlag
 
 from fastserve.common.settings import ServiceSettings
-from fastserve.scheduler.core import Demotion, KvStrategy
 
 
 class SchedulerSettings(ServiceSettings):
@@ -74,8 +73,8 @@ class SchedulerSettings(ServiceSettings):
         default=2.0, gt=1, allow_inf_nan=False, description="quantum of a level over the one above"
     )
     levels: int = Field(default=10, ge=1, le=64, description="levels of the feedback queue")
-    demotion: Demotion = Field(
-        default=Demotion.AS_USED,
+    demotion: Literal["as-used", "one-level"] = Field(
+        default="as-used",
         description="what a used-up quantum costs: as-used (as many levels as the use calls for) "
         "or one-level",
     )
@@ -86,8 +85,8 @@ class SchedulerSettings(ServiceSettings):
         default=0.25, gt=0, le=1, description="share of the rows that promoted jobs may take"
     )
 
-    kv_strategy: KvStrategy = Field(
-        default=KvStrategy.PROACTIVE,
+    kv_strategy: Literal["proactive", "reactive", "recompute", "defer"] = Field(
+        default="proactive",
         description="when the device is full, KV caches leave ahead of need (proactive), at need "
         "(reactive), are dropped (recompute) or stay (defer)",
     )
