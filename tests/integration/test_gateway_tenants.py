@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from fastserve.gateway.tokenizer import Tokenizer
 from support.fake_scheduler import MODEL, Stack, running_gateway
 from support.fake_worker import FakeWorker
+from support.gateway_client import connected
 from support.schedulers import RunningScheduler, running_scheduler
 from support.valkey import running_valkey
 from support.waiting import eventually
@@ -172,3 +174,19 @@ async def test_the_cost_model_can_be_looked_at(served: Stack, scheduler: Running
     assert 0 <= scheduler.metric("fastserve_cost_model_error_ratio", worker="w0") < 1
     rate = scheduler.metric("fastserve_predicted_prefill_tokens_per_second", worker="w0")
     assert rate > 1000
+
+
+async def test_weight_and_certain_output_survive_the_leader(worker: FakeWorker) -> None:
+    worker.gate.close()
+    fields: dict[str, Any] = {"tenant": "acme", "tenant_weight": 2.5, "min_output_tokens": 7}
+    with running_valkey() as valkey:
+        async with running_scheduler(valkey, worker) as first, connected(first.address) as gateway:
+            view = await gateway.submit("a", deadline_unix_s=time.time() + 60, **fields)
+            await view.accepted()
+        async with running_scheduler(valkey, worker) as second:
+            leader = second.service.leader
+            job = leader.core.job("a") if leader is not None else None
+            assert job is not None
+            assert (job.spec.tenant, job.spec.tenant_weight) == ("acme", 2.5)
+            assert job.spec.min_tokens == 7 and job.spec.deadline is not None
+    worker.gate.open()
