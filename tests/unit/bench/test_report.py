@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def result(
         output_tokens=np.array(output),
         first_token_s=np.array(first),
         end_s=ends,
+        served_tokens=np.zeros(len(jobs), np.int64),
         tenants=list(tenants or ["default"] * len(jobs)),
         failed=len(ends) - len(done),
         makespan_s=float(done.max() - min(arrival)) if len(done) else 0.0,
@@ -138,22 +140,19 @@ def test_jains_index_is_one_for_equal_tenants_and_one_nth_for_one_that_waits() -
 
 
 def test_jains_index_of_service_goes_by_what_was_due() -> None:
-    """All jobs are there at 0 and one more comes at 10; who had how much by then?"""
+    def index(*jobs: tuple[str, int, int]) -> float | None:
+        """(tenant, tokens asked for, tokens processed when the last one came) per job."""
+        made = result(
+            *((0.0, 0, asked, 1.0, 2.0) for _, asked, _ in jobs), tenants=[job[0] for job in jobs]
+        )
+        served = np.array([got for _, _, got in jobs])
+        return service_jain_index(dataclasses.replace(made, served_tokens=served))
 
-    def index(*jobs: tuple[str, int, float, float]) -> float | None:
-        """(tenant, output tokens, first token, end) per job, prompts of no tokens to speak of."""
-        made = [(0.0, 0, output, first, end) for _, output, first, end in jobs]
-        last = (10.0, 0, 0, 20.0, 21.0)
-        return service_jain_index(result(*made, last, tenants=[*(job[0] for job in jobs), "a"]))
-
-    assert index(("a", 100, 0.0, 10.0), ("b", 100, 0.0, 10.0)) == pytest.approx(1.0)
-    # Half of the first is over by then; the other tenant had nothing yet.
-    assert index(("a", 100, 0.0, 20.0), ("b", 100, 15.0, 20.0)) == pytest.approx(0.5)
-    # 75 and 25 tokens, when 50 were due to each.
-    assert index(("a", 300, 0.0, 40.0), ("b", 100, 0.0, 40.0)) == pytest.approx(0.8)
-    # 90 and 10, but the second asked for no more.
-    assert index(("a", 360, 0.0, 40.0), ("b", 10, 0.0, 5.0)) == pytest.approx(1.0)
-    assert index(("a", 100, 11.0, 12.0), ("b", 100, 11.0, _NAN)) is None
+    assert index(("a", 100, 60), ("b", 100, 40), ("b", 100, 20)) == pytest.approx(1.0)
+    assert index(("a", 100, 50), ("b", 100, 0)) == pytest.approx(0.5)
+    assert index(("a", 300, 75), ("b", 100, 25)) == pytest.approx(0.8)  # 50 were due to each
+    assert index(("a", 360, 90), ("b", 10, 10)) == pytest.approx(1.0)  # it asked for no more
+    assert index(("a", 100, 0), ("b", 100, 0)) is None
 
 
 def test_the_lightest_tenant_has_a_ttft_of_its_own() -> None:

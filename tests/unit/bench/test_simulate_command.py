@@ -114,6 +114,7 @@ class Recorder:
             output_tokens=np.array([job.output_tokens for job in jobs]),
             first_token_s=arrival + 0.5,
             end_s=arrival + 1,
+            served_tokens=np.array([job.prompt_tokens for job in jobs]),
             tenants=[job.tenant for job in jobs],
             preemptions=0,
             offloaded_tokens=0,

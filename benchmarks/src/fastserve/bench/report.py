@@ -76,19 +76,13 @@ def jain_index(per_token_s: Seconds, tenants: Sequence[str]) -> float | None:
 
 
 def service_jain_index(result: SimResult) -> float | None:
-    """Jain's index of what the tenants got until the last job arrived, over what was due to them.
+    """Jain's index of the tokens that tenants had processed until the last job arrived, over what
+    was due to them: the max-min fair share of all of them, no more than the tenant asked for.
 
-    Got: prompt tokens once the first token is there, output tokens evenly from then to the end.
-    Due: the max-min fair share of all that was got, no more than the tenant asked for. 1: each got
-    what was due to it; 1 / n: one of n got everything. None if nobody got anything.
+    1: each got what was due to it; 1 / n: one of n got everything. None if nobody got anything.
     """
     _, number_of = np.unique(np.array(result.tenants), return_inverse=True)
-    horizon = result.arrival_s.max()
-    begun = result.first_token_s <= horizon
-    lasted = np.maximum(result.end_s - result.first_token_s, 1e-9)
-    made = np.clip((horizon - result.first_token_s) / lasted, 0.0, 1.0)
-    tokens = np.where(begun, result.prompt_tokens + made * result.output_tokens, 0.0)
-    got = np.bincount(number_of, weights=tokens).astype(np.float64)
+    got = np.bincount(number_of, weights=result.served_tokens).astype(np.float64)
     sizes = result.prompt_tokens + result.output_tokens
     asked = np.bincount(number_of, weights=sizes).astype(np.float64)
     if not got.any():

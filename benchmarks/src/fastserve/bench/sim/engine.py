@@ -68,6 +68,7 @@ class _Simulation:
         self._worker = SimWorker(options, info)
         self._first = np.full(len(jobs), np.nan)
         self._end = np.full(len(jobs), np.nan)
+        self._served = np.zeros(len(jobs), np.int64)
         self._next = 0  # job to arrive
         self._left = 0  # jobs that arrived and have not ended
         self._failed = 0
@@ -115,6 +116,16 @@ class _Simulation:
                 self._left += 1
             else:
                 self._failed += 1
+            if self._next == len(self._jobs):
+                self._take_stock()
+
+    def _take_stock(self) -> None:
+        """Note what every job had of the worker so far."""
+        for index, job in enumerate(self._jobs):
+            if not np.isnan(self._end[index]):
+                self._served[index] = job.prompt_tokens + job.output_tokens
+        for live in self._core.jobs():
+            self._served[int(live.job_id)] = live.peak
 
     def _note(self, progress: Progress, now: float) -> None:
         for token in progress.tokens:
@@ -138,6 +149,7 @@ class _Simulation:
             output_tokens=np.array([job.output_tokens for job in jobs], dtype=np.int64),
             first_token_s=np.where(np.isnan(self._end), np.nan, self._first),
             end_s=self._end,
+            served_tokens=self._served,
             tenants=[job.tenant for job in jobs],
             preemptions=preemptions,
             offloaded_tokens=counters["tokens.offload"],
