@@ -41,7 +41,8 @@ def result(
         output_tokens=np.array(output),
         first_token_s=np.array(first),
         end_s=ends,
-        served_tokens=np.zeros(len(jobs), np.int64),
+        service_s=np.zeros(len(jobs)),
+        served_s=np.zeros(len(jobs)),
         tenants=list(tenants or ["default"] * len(jobs)),
         failed=len(ends) - len(done),
         makespan_s=float(done.max() - min(arrival)) if len(done) else 0.0,
@@ -141,12 +142,10 @@ def test_jains_index_is_one_for_equal_tenants_and_one_nth_for_one_that_waits() -
 
 def test_jains_index_of_service_goes_by_what_was_due() -> None:
     def index(*jobs: tuple[str, int, int]) -> float | None:
-        """(tenant, tokens asked for, tokens processed when the last one came) per job."""
-        made = result(
-            *((0.0, 0, asked, 1.0, 2.0) for _, asked, _ in jobs), tenants=[job[0] for job in jobs]
-        )
-        served = np.array([got for _, _, got in jobs])
-        return service_jain_index(dataclasses.replace(made, served_tokens=served))
+        """(tenant, seconds of service in all, seconds when the last one came) per job."""
+        made = result(*[(0.0, 1, 1, 1.0, 2.0)] * len(jobs), tenants=[job[0] for job in jobs])
+        service, served = (np.array([job[at] for job in jobs], np.float64) for at in (1, 2))
+        return service_jain_index(dataclasses.replace(made, service_s=service, served_s=served))
 
     assert index(("a", 100, 60), ("b", 100, 40), ("b", 100, 20)) == pytest.approx(1.0)
     assert index(("a", 100, 50), ("b", 100, 0)) == pytest.approx(0.5)

@@ -76,15 +76,14 @@ def jain_index(per_token_s: Seconds, tenants: Sequence[str]) -> float | None:
 
 
 def service_jain_index(result: SimResult) -> float | None:
-    """Jain's index of the tokens that tenants had processed until the last job arrived, over what
-    was due to them: the max-min fair share of all of them, no more than the tenant asked for.
+    """Jain's index of the service that tenants had until the last job arrived, over what was due to
+    them: the max-min fair share of all of it, no more than their jobs took in the end.
 
     1: each got what was due to it; 1 / n: one of n got everything. None if nobody got anything.
     """
     _, number_of = np.unique(np.array(result.tenants), return_inverse=True)
-    got = np.bincount(number_of, weights=result.served_tokens).astype(np.float64)
-    sizes = result.prompt_tokens + result.output_tokens
-    asked = np.bincount(number_of, weights=sizes).astype(np.float64)
+    got = np.bincount(number_of, weights=result.served_s).astype(np.float64)
+    asked = np.bincount(number_of, weights=result.service_s).astype(np.float64)
     if not got.any():
         return None
     ratios = got / _max_min_shares(float(got.sum()), asked)
