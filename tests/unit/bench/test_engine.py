@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastserve.bench.arrivals import Arrivals
+from fastserve.bench.report import service_jain_index
 from fastserve.bench.sim.engine import simulate
 from fastserve.bench.sim.hardware import OPT_13B, Hardware, load_hardware
 from fastserve.bench.sim.types import SimJob, SimOptions, SimResult
@@ -143,3 +144,14 @@ def test_a_wrong_cost_model_is_one_sentence(
 def test_a_cost_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         load_hardware(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("fair", "least", "most"), [(True, 0.99, 1.0), (False, 0.5, 0.9)])
+def test_two_greedy_tenants_are_served_alike_only_if_service_is_shared(
+    fair: bool, least: float, most: float
+) -> None:
+    """Both ask for more than half, one of them for three times as much as the other."""
+    jobs = generate("sharegpt", 200, 1, Arrivals(), 4.0, tenants=2, tenant_skew=float(np.log2(3)))
+    options = {"fair_sharing": fair}
+    index = service_jain_index(run(jobs, "fixed-priority", max_num_seqs=4, scheduler=options))
+    assert index is not None and least <= index <= most

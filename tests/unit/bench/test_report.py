@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -11,7 +12,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fastserve.bench.report import jain_index, latencies, report, seconds, summary, table
+from fastserve.bench.report import (
+    jain_index,
+    latencies,
+    lightest_tenant,
+    report,
+    seconds,
+    service_jain_index,
+    summary,
+    table,
+)
 from fastserve.bench.sim.types import SimResult
 
 _NAN = float("nan")
@@ -31,6 +41,8 @@ def result(
         output_tokens=np.array(output),
         first_token_s=np.array(first),
         end_s=ends,
+        service_s=np.zeros(len(jobs)),
+        served_s=np.zeros(len(jobs)),
         tenants=list(tenants or ["default"] * len(jobs)),
         failed=len(ends) - len(done),
         makespan_s=float(done.max() - min(arrival)) if len(done) else 0.0,
@@ -126,6 +138,29 @@ def test_jains_index_is_one_for_equal_tenants_and_one_nth_for_one_that_waits() -
     # A tenant counts once, however many jobs it has, and jobs without a latency do not count.
     assert jain_index(np.array([1.0, 1.0, 3.0]), ["a", "a", "b"]) == pytest.approx(16 / 20)
     assert jain_index(np.array([1.0, _NAN, 3.0]), ["a", "c", "b"]) == pytest.approx(16 / 20)
+
+
+def test_jains_index_of_service_goes_by_what_was_due() -> None:
+    def index(*jobs: tuple[str, int, int]) -> float | None:
+        """(tenant, seconds of service in all, seconds when the last one came) per job."""
+        made = result(*[(0.0, 1, 1, 1.0, 2.0)] * len(jobs), tenants=[job[0] for job in jobs])
+        service, served = (np.array([job[at] for job in jobs], np.float64) for at in (1, 2))
+        return service_jain_index(dataclasses.replace(made, service_s=service, served_s=served))
+
+    assert index(("a", 100, 60), ("b", 100, 40), ("b", 100, 20)) == pytest.approx(1.0)
+    assert index(("a", 100, 50), ("b", 100, 0)) == pytest.approx(0.5)
+    assert index(("a", 300, 75), ("b", 100, 25)) == pytest.approx(0.8)  # 50 were due to each
+    assert index(("a", 360, 90), ("b", 10, 10)) == pytest.approx(1.0)  # it asked for no more
+    assert index(("a", 100, 0), ("b", 100, 0)) is None
+
+
+def test_the_lightest_tenant_has_a_ttft_of_its_own() -> None:
+    assert lightest_tenant(["a", "b", "a", "c", "c"]) == "b"
+    assert lightest_tenant(["b", "a"]) == "b"
+    made = result(
+        (0.0, 9, 2, 1.0, 2.0), (0.0, 9, 2, 7.0, 8.0), (0.0, 9, 2, 1.0, 3.0), tenants=["a", "b", "a"]
+    )
+    assert reported(made)["ttft_light_s"]["p95"] == 7.0
 
 
 def test_the_table_says_what_the_report_says() -> None:

@@ -114,6 +114,8 @@ class Recorder:
             output_tokens=np.array([job.output_tokens for job in jobs]),
             first_token_s=arrival + 0.5,
             end_s=arrival + 1,
+            service_s=np.ones(len(jobs)),
+            served_s=np.ones(len(jobs)),
             tenants=[job.tenant for job in jobs],
             preemptions=0,
             offloaded_tokens=0,

@@ -61,6 +61,11 @@ def test_options_reach_the_services_they_are_for() -> None:
         host="0.0.0.0",
         port=9000,
         policy="fcfs",
+        fair_sharing=False,
+        quantum=0.02,
+        kv_strategy="reactive",
+        max_num_partial_prefills=3,
+        api_key_file=Path("/etc/keys"),
         max_num_seqs=4,
         max_num_batched_tokens=256,
         max_num_queued_reqs=10,
@@ -95,12 +100,17 @@ def test_options_reach_the_services_they_are_for() -> None:
             "max-num-batched-tokens": "256",
             "max-num-queued-reqs": "10",
             "starvation-threshold": "1.5",
+            "fair-sharing": "False",
+            "quantum": "0.02",
+            "kv-strategy": "reactive",
+            "max-num-partial-prefills": "3",
         },
         "gateway": {
             "host": "0.0.0.0",
             "port": "9000",
             "model": "/models/tiny",
             "served-model-name": "tiny",
+            "api-key-file": "/etc/keys",
         },
     }
     for name, flags in expected.items():
@@ -117,6 +127,11 @@ def test_every_service_understands_its_flags(name: str) -> None:
     options = Options(
         **numbers,  # type: ignore[arg-type]
         starvation_threshold=1.0,
+        fair_sharing=True,
+        quantum=0.01,
+        kv_strategy="defer",
+        max_num_partial_prefills=1,
+        api_key_file=Path("keys"),
         host_memory="1G",
         device="cpu",
         dtype="float32",

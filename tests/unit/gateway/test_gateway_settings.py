@@ -7,6 +7,8 @@ import pytest
 
 from fastserve.common.errors import StartupError
 from fastserve.common.settings import load_settings
+from fastserve.gateway.auth import ApiKey
+from fastserve.gateway.params import Grant
 from fastserve.gateway.settings import GatewaySettings
 
 
@@ -36,7 +38,7 @@ def test_every_flag_is_read(tmp_path: Path) -> None:
     assert (settings.host, settings.port, settings.root_path) == ("0.0.0.0", 0, "/llm")
     assert settings.scheduler == ["s0:7070", "s1:7070"]
     assert settings.model_name == "gpt"
-    assert settings.keys() == ["one", "two", "from-file"]
+    assert settings.keys() == [ApiKey("one"), ApiKey("two"), ApiKey("from-file")]
     assert (settings.max_body_size, settings.max_n, settings.max_prompts) == (10, 2, 3)
     assert (settings.ping_interval, settings.send_timeout) == (0.5, 4)
     assert (settings.scheduler_timeout, settings.reattach_timeout) == (0, 0)
@@ -46,7 +48,7 @@ def test_several_values_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("FASTSERVE_SCHEDULER", '["a:1", "b:2"]')
     monkeypatch.setenv("FASTSERVE_API_KEY", '["secret"]')
     assert load().scheduler == ["a:1", "b:2"]
-    assert load().keys() == ["secret"]
+    assert load().keys() == [ApiKey("secret")]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,35 @@ def test_keys_are_not_shown(caplog: pytest.LogCaptureFixture) -> None:
 def test_key_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# keys of team A\n\n  first  \r\nsecond#with-hash\n   # old\nthird")
-    assert load("--api-key-file", str(file)).keys() == ["first", "second#with-hash", "third"]
+    keys = load("--api-key-file", str(file)).keys()
+    assert keys == [ApiKey("first"), ApiKey("second#with-hash"), ApiKey("third")]
+
+
+def test_key_file_with_properties(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    lines = ["a tenant=acme class=default weight=2  # Acme", "b tenant=acme", "b tenant=acme", "c"]
+    file.write_text("\n".join(lines))
+    assert load("--api-key-file", str(file), "--api-key", "flag").keys() == [
+        ApiKey("flag"),
+        ApiKey("a", Grant("acme", "default", 2.0)),
+        ApiKey("b", Grant("acme")),
+        ApiKey("c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("one\ntwo class=gold\n", "line 2: class must be one of"),
+        ("one tenant=a\none tenant=b\n", "line 2: the key was given before"),
+    ],
+)
+def test_a_wrong_line_of_a_key_file_is_named(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(content)
+    with pytest.raises(StartupError, match=words) as caught:
+        load("--api-key-file", str(file)).keys()
+    assert "one" not in str(caught.value).replace("one of", "").replace(str(file), "")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"# only a comment\n"])

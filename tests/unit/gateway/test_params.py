@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from fastserve.gateway.errors import InvalidRequestError
 from fastserve.gateway.params import (
     CLASS_HEADER,
+    FAIRNESS_HEADER,
     TENANT_HEADER,
     TIMEOUT_HEADER,
+    Grant,
     asked_max_tokens,
+    certain_tokens,
     check_vocabulary,
     max_tokens_of,
     ordering_of,
@@ -176,10 +179,11 @@ def test_which_field_gives_the_limit() -> None:
 
 
 def test_ordering_without_headers() -> None:
-    ordering = ordering_of(chat(), {})
+    ordering = ordering_of(chat(), {}, Grant())
     assert (ordering.tenant, ordering.service_class) == ("default", "default")
     assert (ordering.priority, ordering.timeout_s) == (0, None)
-    assert not ordering.unknown_class
+    assert not ordering.unknown_class and not ordering.capped_class
+    assert ordering.tenant_weight == 1.0
 
 
 @pytest.mark.parametrize(
@@ -200,30 +204,90 @@ def test_class(
     tier: str | None, header: str | None, service_class: str, unknown: bool, reported: str | None
 ) -> None:
     body = chat(service_tier=tier)
-    ordering = ordering_of(body, {} if header is None else {CLASS_HEADER: header})
+    ordering = ordering_of(body, {} if header is None else {CLASS_HEADER: header}, Grant())
     assert (ordering.service_class, ordering.unknown_class) == (service_class, unknown)
     assert tier_of(body, ordering) == reported
 
 
 def test_priority_is_handed_on_as_it_is() -> None:
-    assert ordering_of(chat(priority=-5), {}).priority == -5
+    assert ordering_of(chat(priority=-5), {}, Grant()).priority == -5
 
 
 @pytest.mark.parametrize("tenant", ["a", "team/one:x", "~" * 128])
 def test_tenant(tenant: str) -> None:
-    assert ordering_of(chat(), {TENANT_HEADER: tenant}).tenant == tenant
+    assert ordering_of(chat(), {TENANT_HEADER: tenant}, Grant()).tenant == tenant
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "a\n", "ü", "~" * 129])
 def test_bad_tenant(tenant: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        ordering_of(chat(), {TENANT_HEADER: tenant})
+        ordering_of(chat(), {TENANT_HEADER: tenant}, Grant())
     assert caught.value.param == TENANT_HEADER
+
+
+@pytest.mark.parametrize(
+    ("headers", "tenant"),
+    [
+        ({FAIRNESS_HEADER: "blue"}, "blue"),
+        ({FAIRNESS_HEADER: "blue", TENANT_HEADER: "green"}, "green"),  # our own wins
+    ],
+)
+def test_tenant_as_llm_d_calls_it(headers: dict[str, str], tenant: str) -> None:
+    assert ordering_of(chat(), headers, Grant()).tenant == tenant
+
+
+@pytest.mark.parametrize("header", [TENANT_HEADER, FAIRNESS_HEADER])
+def test_the_tenant_of_a_key_cannot_be_changed(header: str) -> None:
+    grant = Grant("acme", weight=2.5)
+    for headers in ({}, {header: "acme"}):
+        ordering = ordering_of(chat(), headers, grant)
+        assert (ordering.tenant, ordering.tenant_weight) == ("acme", 2.5)
+    with pytest.raises(InvalidRequestError) as caught:
+        ordering_of(chat(), {header: "other"}, grant)
+    error = caught.value
+    assert (error.status, error.param, error.code) == (403, header, "tenant_not_allowed")
+    assert "acme" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("highest", "tier", "header", "service_class", "capped"),
+    [
+        ("default", None, "interactive", "default", True),
+        ("default", "priority", None, "default", True),
+        ("default", None, "batch", "batch", False),
+        ("default", None, None, "default", False),
+        ("batch", None, "default", "batch", True),
+        ("batch", None, None, "batch", False),  # nothing was asked for
+        ("batch", None, "golden", "batch", False),
+        ("interactive", None, "interactive", "interactive", False),
+    ],
+)
+def test_a_class_above_that_of_the_key_is_lowered(
+    highest: str, tier: str | None, header: str | None, service_class: str, capped: bool
+) -> None:
+    body = chat(service_tier=tier)
+    headers = {} if header is None else {CLASS_HEADER: header}
+    ordering = ordering_of(body, headers, Grant(highest_class=highest))
+    assert (ordering.service_class, ordering.capped_class) == (service_class, capped)
+
+
+@pytest.mark.parametrize(
+    ("fields", "certain"),
+    [
+        ({}, 1),
+        ({"min_tokens": 4}, 4),
+        ({"ignore_eos": True}, 9),
+        ({"ignore_eos": True, "stop": ["."]}, 1),
+        ({"ignore_eos": True, "stop_token_ids": [5], "min_tokens": 3}, 3),
+    ],
+)
+def test_output_that_nothing_can_spare(fields: dict[str, Any], certain: int) -> None:
+    assert certain_tokens(chat(**fields), 9) == certain
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("1", 0.001), ("1500", 1.5), ("86400000", 86400)])
 def test_timeout(value: str, seconds: float) -> None:
-    assert ordering_of(chat(), {TIMEOUT_HEADER: value}).timeout_s == seconds
+    assert ordering_of(chat(), {TIMEOUT_HEADER: value}, Grant()).timeout_s == seconds
 
 
 @pytest.mark.parametrize(
@@ -231,7 +295,7 @@ def test_timeout(value: str, seconds: float) -> None:
 )
 def test_bad_timeout(value: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        ordering_of(chat(), {TIMEOUT_HEADER: value})
+        ordering_of(chat(), {TIMEOUT_HEADER: value}, Grant())
     assert caught.value.param == TIMEOUT_HEADER
 
 

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 
 from fastserve.common.errors import StartupError
 from fastserve.common.settings import load_settings
+from fastserve.scheduler.core import Demotion, KvStrategy, SchedulerConfig
 from fastserve.scheduler.leader import core_config
 from fastserve.scheduler.settings import SchedulerSettings
 
@@ -27,6 +31,37 @@ def test_flags_reach_the_core() -> None:
     assert config.max_queued_jobs == 7
 
 
+def test_every_option_of_the_core_is_a_setting() -> None:
+    config = core_config(
+        load(
+            *("--policy", "mlfq", "--max-num-seqs", "3", "--max-num-batched-tokens", "99"),
+            *("--max-num-queued-reqs", "7", "--lease", "2", "--max-num-partial-prefills", "5"),
+            *("--look-ahead", "6", "--levels", "8", "--quantum", "0.02", "--quantum-ratio", "3"),
+            *("--demotion", "one-level", "--starvation-threshold", "inf"),
+            *("--promotion-share", "0.5", "--kv-strategy", "reactive"),
+            *("--kv-reserve-blocks", "12", "--fair-sharing", "off"),
+        )
+    )
+    for field in dataclasses.fields(SchedulerConfig):
+        assert getattr(config, field.name) != field.default, field.name
+    assert (config.quantum_s, config.kv_reserve_blocks) == (0.02, 12)
+    assert (config.max_partial_prefills, config.starvation_s) == (5, math.inf)
+    assert config.demotion is Demotion.ONE_LEVEL and config.kv_strategy is KvStrategy.REACTIVE
+
+
+def test_what_is_not_set_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert core_config(load()) == SchedulerConfig()
+    assert core_config(load("--quantum", "measured", "--kv-reserve-blocks", "auto")) == (
+        SchedulerConfig()
+    )
+    monkeypatch.setenv("FASTSERVE_KV_RESERVE_BLOCKS", "auto")
+    monkeypatch.setenv("FASTSERVE_FAIR_SHARING", "off")
+    monkeypatch.setenv("FASTSERVE_DEMOTION", "one-level")
+    config = core_config(load())
+    assert (config.kv_reserve_blocks, config.fair_sharing) == (None, False)
+    assert config.demotion is Demotion.ONE_LEVEL
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -34,6 +69,18 @@ def test_flags_reach_the_core() -> None:
         (["--shard", "a{b}"], "shard"),
         (["--lease", "0"], "lease"),
         (["--redis-timeout", "0"], "redis_timeout"),
+        (["--quantum", "0"], "quantum"),
+        (["--quantum", "inf"], "quantum"),
+        (["--quantum-ratio", "1"], "quantum_ratio"),
+        (["--levels", "65"], "levels"),
+        (["--demotion", "gently"], "demotion"),
+        (["--promotion-share", "0"], "promotion_share"),
+        (["--kv-strategy", "hope"], "kv_strategy"),
+        (["--kv-reserve-blocks", "-1"], "kv_reserve_blocks"),
+        (["--kv-reserve-blocks", "some"], "kv_reserve_blocks"),
+        (["--max-num-partial-prefills", "0"], "max_num_partial_prefills"),
+        (["--look-ahead", "0"], "look_ahead"),
+        (["--fair-sharing", "maybe"], "fair_sharing"),
     ],
 )
 def test_wrong_settings_are_one_sentence(flags: list[str], message: str) -> None:

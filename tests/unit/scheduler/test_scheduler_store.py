@@ -35,10 +35,12 @@ def job(job_id: str, **changes: Any) -> StoredJob:
     base = StoredJob(
         job_id=job_id,
         tenant="acme",
+        tenant_weight=0.1,
         service_class="default",
         priority=-2,
         arrival_unix_s=1_750_000_000.25,
         deadline_unix_s=0.0,
+        min_output_tokens=4,
         traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         prompt=[5, 6, 7],
         sampling=SamplingParams(temperature=0.7, seed=2**64 - 1, max_tokens=9, logprobs=0),

@@ -180,6 +180,9 @@ def test_phases() -> None:
         ({"service_class": "vip"}, "interactive, default, batch"),
         ({"deadline_unix_s": float("nan")}, "deadline"),
         ({"deadline_unix_s": -1.0}, "deadline"),
+        ({"tenant_weight": -1.0}, "tenant_weight"),
+        ({"tenant_weight": float("nan")}, "tenant_weight"),
+        ({"tenant_weight": float("inf")}, "tenant_weight"),
     ],
 )
 def test_senseless_submissions(changes: dict[str, object], message: str) -> None:
@@ -207,6 +210,23 @@ def test_a_deadline_becomes_core_time() -> None:
     assert isinstance(spec, JobSpec) and spec.deadline is not None
     assert spec.deadline - clock.now() == pytest.approx(5, abs=0.5)
     assert (spec.tenant, spec.service_class) == ("default", "default")
+    assert (spec.tenant_weight, spec.min_tokens) == (1.0, 1)
+
+
+def test_weight_and_certain_output_reach_the_core() -> None:
+    submit = scheduler_pb2.Submit(
+        job_id="a",
+        tenant="acme",
+        tenant_weight=2.5,
+        prompt_token_ids=[1],
+        sampling=sampling_pb2.SamplingParams(max_tokens=9, min_tokens=3),
+    )
+    spec = gateway_wire.spec_of(submit, Clock())
+    assert isinstance(spec, JobSpec)
+    assert (spec.tenant, spec.tenant_weight, spec.min_tokens) == ("acme", 2.5, 3)
+    submit.min_output_tokens = 9
+    spec = gateway_wire.spec_of(submit, Clock())
+    assert isinstance(spec, JobSpec) and spec.min_tokens == 9
 
 
 def test_every_reason_has_its_code() -> None:

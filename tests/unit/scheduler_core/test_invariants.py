@@ -159,6 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(1, 30),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         deadline=st.sampled_from([None, None, None, 0.3]),
+        tenant=st.sampled_from(["default", "default", "acme", "zoo"]),
         service_class=st.sampled_from(["interactive", "default", "batch", "of another deployment"]),
     )
     def submit(
@@ -168,6 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         length: int,
         priority: int,
         deadline: float | None,
+        tenant: str,
         service_class: str,
     ) -> None:
         self.count += 1
@@ -178,6 +180,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             tuple(range(prompt)),
             max_tokens,
             self.now,
+            tenant=tenant,
+            tenant_weight=2.0 if tenant == "acme" else 1.0,
             service_class=service_class,
             priority=priority,
             deadline=None if deadline is None else self.now + deadline,
@@ -189,7 +193,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             waiting = sum(j.state is not JobState.RUNNING for j in self.scheduler.jobs())
             assert waiting >= 12 and rejection.retry_after_s >= 1
         else:
-            assert rejection.reason is RejectReason.NO_WORKER and not self.workers
+            assert (rejection.reason is RejectReason.NO_WORKER and not self.workers) or (
+                rejection.reason is RejectReason.DEADLINE and deadline is not None
+            )
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), iterations=st.integers(1, 6), plans=st.booleans())

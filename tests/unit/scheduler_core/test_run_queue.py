@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from fastserve.scheduler.core import Job, JobSpec
+from fastserve.scheduler.core.fair_queue import FairQueue
 from fastserve.scheduler.core.run_queue import RunQueue
 
 
@@ -50,7 +51,7 @@ def test_the_first_are_the_best_however_many_runs_they_take() -> None:
 
 def test_a_long_queue_is_sorted_anew_only_after_as_many_changes() -> None:
     jobs = [Job(JobSpec(str(n), range(1), 1, 0.0), n, 0.0) for n in range(1025)]
-    queue = RunQueue(lambda job: (job.seq,))
+    queue = FairQueue(lambda job: (job.seq,), fair=True)
     for job in jobs:
         queue.add(job)
     queue.resort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -74,18 +75,51 @@ def jain_index(per_token_s: Seconds, tenants: Sequence[str]) -> float | None:
     return float(means.sum() ** 2 / (len(means) * np.square(means).sum()))
 
 
+def service_jain_index(result: SimResult) -> float | None:
+    """Jain's index of the service that tenants had until the last job arrived, over what was due to
+    them: the max-min fair share of all of it, no more than their jobs took in the end.
+
+    1: each got what was due to it; 1 / n: one of n got everything. None if nobody got anything.
+    """
+    _, number_of = np.unique(np.array(result.tenants), return_inverse=True)
+    got = np.bincount(number_of, weights=result.served_s).astype(np.float64)
+    asked = np.bincount(number_of, weights=result.service_s).astype(np.float64)
+    if not got.any():
+        return None
+    ratios = got / _max_min_shares(float(got.sum()), asked)
+    return float(ratios.sum() ** 2 / (len(ratios) * np.square(ratios).sum()))
+
+
+def _max_min_shares(total: float, asked: Seconds) -> Seconds:
+    """`total` dealt out evenly, but to nobody more than asked for: what one leaves others get."""
+    shares = np.empty(len(asked))
+    for taken, number in enumerate(np.argsort(asked)):
+        shares[number] = min(float(asked[number]), total / (len(asked) - taken))
+        total -= shares[number]
+    return shares
+
+
+def lightest_tenant(tenants: Sequence[str]) -> str:
+    """The one that sent the fewest jobs; of several, the last by name."""
+    counts = Counter(tenants)
+    return max(counts, key=lambda tenant: (-counts[tenant], tenant))
+
+
 def report(
     result: SimResult, *, policy: str, rate: float | None, seed: int, kv_bytes_per_token: int
 ) -> dict[str, Any]:
     """The JSON object of one run. `rate` in jobs per second; None where no time passes.
 
-    `ttft_short_s` is TTFT of the jobs with short prompts alone: how much long ones stall them.
+    `ttft_short_s` is TTFT of the jobs with short prompts alone: how much long ones stall them;
+    `ttft_light_s`, `per_token_light_s` are of the tenant with the fewest jobs: how much the others
+    stall it.
     """
     found = latencies(result)
     done = ~np.isnan(result.end_s)
     tokens = int(result.output_tokens[done].sum())
     moved = result.offloaded_tokens + result.uploaded_tokens
     short = result.prompt_tokens <= SHORT_PROMPT_TOKENS
+    light = np.array(result.tenants) == lightest_tenant(result.tenants)
     return {
         "policy": policy,
         "rate": rate,
@@ -100,8 +134,11 @@ def report(
         "failed": result.failed,
         "recomputed_tokens": result.recomputed_tokens,
         "ttft_short_s": summary(found["ttft_s"][short]),
+        "ttft_light_s": summary(found["ttft_s"][light]),
+        "per_token_light_s": summary(found["per_token_s"][light]),
         "moved_bytes": moved * kv_bytes_per_token,
         "jain_index": jain_index(found["per_token_s"], result.tenants),
+        "service_jain_index": service_jain_index(result),
         "tenants": len(set(result.tenants)),
         "mean_prompt_tokens": float(result.prompt_tokens.mean()),
         "mean_output_tokens": float(result.output_tokens.mean()),
@@ -126,6 +163,11 @@ def table(found: dict[str, Any]) -> Table:
     if found["ttft_short_s"] != found["ttft_s"]:
         words = f"TTFT, prompts up to {SHORT_PROMPT_TOKENS} tokens"
         shown.add_row(words, *(seconds(found["ttft_short_s"][name]) for name in STATISTICS))
+    if found["tenants"] > 1:
+        words = "TTFT, the lightest tenant"
+        shown.add_row(words, *(seconds(found["ttft_light_s"][name]) for name in STATISTICS))
+        words = "per token, the lightest tenant"
+        shown.add_row(words, *(seconds(found["per_token_light_s"][name]) for name in STATISTICS))
     return shown
 
 
@@ -152,6 +194,8 @@ def _rest(found: dict[str, Any]) -> str:
         lines.append(
             f"Jain's index        {found['jain_index']:.4f} over {found['tenants']} tenants"
         )
+        if found["service_jain_index"] is not None:
+            lines.append(f"  of service        {found['service_jain_index']:.4f}")
     if found["failed"]:
         lines.append(
             f"failed              {found['failed']:,} (counted with the worst latency of the run)"

@@ -38,12 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", nargs="+", default=["skip-join-mlfq", "fastserve"])
     parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--tenants", type=int, default=1, help="spread the jobs over so many")
     arguments = parser.parse_args()
     for policy in arguments.policy:
         print(f"policy {policy}, microseconds: median / P99 / largest")
         print(f"{'rows':>5} {'queued':>7} {'plan':>20} {'report':>20} {'submit':>20}")
         for rows, queued in _CASES:
-            times = _measure(policy, rows, queued, arguments.iterations)
+            times = _measure(policy, rows, queued, arguments.iterations, arguments.tenants)
             cells = " ".join(f"{_cell(times[name]):>20}" for name in ("plan", "report", "submit"))
             print(f"{rows:>5} {queued:>7} {cells}", flush=True)
         print(f"memory of a queued job beside its tokens: {_bytes_per_job(policy):.0f} bytes")
@@ -55,7 +56,9 @@ def _cell(seconds: list[float]) -> str:
     return " / ".join(f"{value * 1e6:.0f}" for value in shown)
 
 
-def _measure(policy: str, rows: int, queued: int, iterations: int) -> dict[str, list[float]]:
+def _measure(
+    policy: str, rows: int, queued: int, iterations: int, tenants: int = 1
+) -> dict[str, list[float]]:
     options = SimOptions(policy, OPT_13B, max_num_seqs=rows, host_kv_tokens=10_000_000)
     core, worker = _start(options, queued + 10 * rows)
     lengths = random.Random(0)
@@ -66,7 +69,8 @@ def _measure(policy: str, rows: int, queued: int, iterations: int) -> dict[str, 
     def submit() -> None:
         nonlocal number
         prompt, output = lengths.randint(1, _PROMPT), lengths.randint(1, _OUTPUT)
-        spec = JobSpec(str(number), range(prompt), output, now)
+        tenant = f"tenant-{number % tenants}"
+        spec = JobSpec(str(number), range(prompt), output, now, tenant=tenant)
         number += 1
         assert _timed(times["submit"], lambda: core.submit(spec, now)) is None
         worker.meet(spec)

@@ -39,6 +39,7 @@ StateDir = Annotated[
         show_default=False,
     ),
 ]
+_ORDER = "Scheduling"
 _SIZES = "Sizes and limits"
 _PLACES = "Where"
 
@@ -60,9 +61,54 @@ def up(
     served_model_name: Annotated[
         str | None, typer.Option(help="Name of the model in requests.")
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="skip-join-mlfq, mlfq or fcfs.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="skip-join-mlfq, fastserve, mlfq, fixed-priority, hrrn, fcfs or srpt.",
+            rich_help_panel=_ORDER,
+        ),
+    ] = None,
+    fair_sharing: Annotated[
+        bool | None,
+        typer.Option(
+            "--fair-sharing/--no-fair-sharing",
+            help="Share service between the tenants of a class.",
+            show_default=False,
+            rich_help_panel=_ORDER,
+        ),
+    ] = None,
+    quantum: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of service in the first level (default: measured).",
+            rich_help_panel=_ORDER,
+        ),
+    ] = None,
+    starvation_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds a job waits before it is lifted; inf: never.", rich_help_panel=_ORDER
+        ),
+    ] = None,
+    kv_strategy: Annotated[
+        str | None,
+        typer.Option(help="proactive, reactive, recompute or defer.", rich_help_panel=_ORDER),
+    ] = None,
+    max_num_partial_prefills: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts of several iterations under way at once.", rich_help_panel=_ORDER
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="Key that requests must carry; repeat for more.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with keys, one a line, each with what it grants if that is limited: "
+            "KEY tenant=NAME class=NAME weight=NUMBER."
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on.", rich_help_panel=_PLACES)
@@ -92,10 +138,6 @@ def up(
     ] = None,
     max_num_queued_reqs: Annotated[
         int | None, typer.Option(help="Waiting jobs before 429.", rich_help_panel=_SIZES)
-    ] = None,
-    starvation_threshold: Annotated[
-        float | None,
-        typer.Option(help="Seconds a job waits before it is lifted.", rich_help_panel=_SIZES),
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Most tokens of a request.", rich_help_panel=_SIZES)
@@ -128,7 +170,7 @@ def up(
         fastserve up --policy fcfs --max-num-seqs 4 --kv-blocks 64
 
     Without --policy, --max-num-seqs and so on, the defaults of the services hold (also:
-    FASTSERVE_MAX_NUM_SEQS and the like in the environment).
+    FASTSERVE_MAX_NUM_SEQS and the like in the environment, for every option of every service).
     """
     from fastserve.cli.up import detached, foreground
 
@@ -138,7 +180,12 @@ def up(
         host=host,
         port=port,
         api_keys=tuple(api_key or ()),
+        api_key_file=api_key_file,
         policy=policy,
+        fair_sharing=fair_sharing,
+        quantum=quantum,
+        kv_strategy=kv_strategy,
+        max_num_partial_prefills=max_num_partial_prefills,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_queued_reqs=max_num_queued_reqs,

@@ -35,7 +35,12 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    api_key_file: Path | None = None
     policy: str | None = None
+    fair_sharing: bool | None = None
+    quantum: float | None = None
+    kv_strategy: str | None = None
+    max_num_partial_prefills: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_queued_reqs: int | None = None
@@ -132,6 +137,10 @@ def specs(options: Options, run: Path) -> list[Spec]:
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_num_queued_reqs=options.max_num_queued_reqs,
             starvation_threshold=options.starvation_threshold,
+            fair_sharing=options.fair_sharing,
+            quantum=options.quantum,
+            kv_strategy=options.kv_strategy,
+            max_num_partial_prefills=options.max_num_partial_prefills,
             **level,
         )
 
@@ -142,6 +151,7 @@ def specs(options: Options, run: Path) -> list[Spec]:
             scheduler=f"unix:{run}/scheduler.sock",
             model=known["model"]["output"],
             served_model_name=options.model_name,
+            api_key_file=options.api_key_file and options.api_key_file.absolute(),
             **level,
         )
 

@@ -16,6 +16,7 @@ from fastserve.bench.sim.worker import SimWorker
 from fastserve.scheduler.core import (
     CostSample,
     Inventory,
+    Job,
     JobSpec,
     KvStrategy,
     Progress,
@@ -68,6 +69,9 @@ class _Simulation:
         self._worker = SimWorker(options, info)
         self._first = np.full(len(jobs), np.nan)
         self._end = np.full(len(jobs), np.nan)
+        self._service = np.zeros(len(jobs))
+        self._served = np.zeros(len(jobs))
+        self._live: dict[str, Job] = {}
         self._next = 0  # job to arrive
         self._left = 0  # jobs that arrived and have not ended
         self._failed = 0
@@ -112,9 +116,20 @@ class _Simulation:
             )
             if self._core.submit(spec, now) is None:
                 self._worker.meet(spec)
+                live = self._core.job(spec.job_id)
+                assert live is not None
+                self._live[spec.job_id] = live
                 self._left += 1
             else:
                 self._failed += 1
+            if self._next == len(self._jobs):
+                self._take_stock()
+
+    def _take_stock(self) -> None:
+        """Note what every job had of the worker so far."""
+        self._served[:] = self._service  # of those that ended
+        for job_id, job in self._live.items():
+            self._served[int(job_id)] = job.attained
 
     def _note(self, progress: Progress, now: float) -> None:
         for job_id, index, _, _ in progress.tokens:
@@ -123,6 +138,7 @@ class _Simulation:
         for ended in progress.finished:
             self._left -= 1
             self._worker.forget(ended.job_id)
+            self._service[int(ended.job_id)] = self._live.pop(ended.job_id).attained
             if ended.error:
                 self._failed += 1
             else:
@@ -138,6 +154,8 @@ class _Simulation:
             output_tokens=np.array([job.output_tokens for job in jobs], dtype=np.int64),
             first_token_s=np.where(np.isnan(self._end), np.nan, self._first),
             end_s=self._end,
+            service_s=self._service,
+            served_s=self._served,
             tenants=[job.tenant for job in jobs],
             preemptions=preemptions,
             offloaded_tokens=counters["tokens.offload"],

@@ -53,6 +53,8 @@ class SimResult:
     output_tokens: NDArray[np.int64]
     first_token_s: NDArray[np.float64]
     end_s: NDArray[np.float64]
+    service_s: NDArray[np.float64]  # that the scheduler charged in all
+    served_s: NDArray[np.float64]  # of it, by the time the last job arrived
     tenants: list[str]
     preemptions: int
     offloaded_tokens: int

@@ -18,6 +18,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_INVALID: _ClassVar[RejectReason]
     REJECT_REASON_ALREADY_EXISTS: _ClassVar[RejectReason]
     REJECT_REASON_NOT_FOUND: _ClassVar[RejectReason]
+    REJECT_REASON_DEADLINE: _ClassVar[RejectReason]
 REJECT_REASON_UNSPECIFIED: RejectReason
 REJECT_REASON_QUEUE_FULL: RejectReason
 REJECT_REASON_NO_WORKER: RejectReason
@@ -26,6 +27,7 @@ REJECT_REASON_TOO_LONG: RejectReason
 REJECT_REASON_INVALID: RejectReason
 REJECT_REASON_ALREADY_EXISTS: RejectReason
 REJECT_REASON_NOT_FOUND: RejectReason
+REJECT_REASON_DEADLINE: RejectReason
 
 class ServeRequest(_message.Message):
     __slots__ = ("hello", "submit", "cancel", "attach")
@@ -74,7 +76,7 @@ class Welcome(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., ready: _Optional[bool] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_job_tokens: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "job_id", "tenant", "service_class", "priority", "prompt_token_ids", "sampling", "traceparent", "deadline_unix_s")
+    __slots__ = ("handle", "job_id", "tenant", "service_class", "priority", "prompt_token_ids", "sampling", "traceparent", "deadline_unix_s", "tenant_weight", "min_output_tokens")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +86,8 @@ class Submit(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    MIN_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     handle: int
     job_id: str
     tenant: str
@@ -93,7 +97,9 @@ class Submit(_message.Message):
     sampling: _sampling_pb2.SamplingParams
     traceparent: str
     deadline_unix_s: float
-    def __init__(self, handle: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., service_class: _Optional[str] = ..., priority: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., traceparent: _Optional[str] = ..., deadline_unix_s: _Optional[float] = ...) -> None: ...
+    tenant_weight: float
+    min_output_tokens: int
+    def __init__(self, handle: _Optional[int] = ..., job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., service_class: _Optional[str] = ..., priority: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., traceparent: _Optional[str] = ..., deadline_unix_s: _Optional[float] = ..., tenant_weight: _Optional[float] = ..., min_output_tokens: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handles",)
@@ -193,7 +199,7 @@ class SnapshotResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[str] = ..., durable: _Optional[bool] = ..., uptime_s: _Optional[float] = ..., level_depths: _Optional[_Iterable[int]] = ..., level_quanta_s: _Optional[_Iterable[float]] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobState, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations")
+    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +209,9 @@ class WorkerState(_message.Message):
     FREE_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    COST_MODEL_ERROR_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     address: str
     worker_id: str
     connected: bool
@@ -212,7 +221,10 @@ class WorkerState(_message.Message):
     free_host_blocks: int
     block_size: int
     iterations: int
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ...) -> None: ...
+    cost_model_error: float
+    decode_s: float
+    prefill_tokens_per_s: float
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ..., cost_model_error: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class JobState(_message.Message):
     __slots__ = ("job_id", "tenant", "state", "kv", "level", "prompt_tokens", "output_tokens", "preemptions", "age_s")

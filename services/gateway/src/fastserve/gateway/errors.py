@@ -5,7 +5,7 @@ ApiError
 ├── ClientGoneError         499  nobody reads the answer any more (log and metrics only)
 ├── OverloadedError         429  the queue is full: try again later
 ├── UnavailableError        503  nobody there to do the work: try again later
-├── DeadlineError           504  the request's own deadline passed
+├── DeadlineError           504  the request's own deadline passed, or cannot be met any more
 └── InternalError           500  our fault
 """
 
@@ -107,8 +107,10 @@ class DeadlineError(ApiError):
     type = "timeout"
     code = "deadline_exceeded"
 
-    def __init__(self) -> None:
-        super().__init__("the deadline of the request passed before the answer was complete")
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            message or "the deadline of the request passed before the answer was complete"
+        )
 
 
 class InternalError(ApiError):

@@ -235,7 +235,7 @@ def _check_end(job: Job) -> None:
     if job.failure is not None:
         raise api_error(job.failure)
     if job.finish == sampling_pb2.FINISH_REASON_DEADLINE:
-        raise DeadlineError
+        raise DeadlineError(job.error)
     if job.finish == sampling_pb2.FINISH_REASON_FAILED:
         raise InternalError(job.error or "the job failed")
     if job.finish not in _REASONS:
@@ -253,6 +253,8 @@ def api_error(error: JobRefusedError | SchedulerLostError, *, attach: bool = Fal
             return UnavailableError(error.message, "no_workers", error.retry_after_s)
         case scheduler_pb2.REJECT_REASON_DRAINING:
             return UnavailableError(error.message, "draining", error.retry_after_s)
+        case scheduler_pb2.REJECT_REASON_DEADLINE:
+            return DeadlineError(error.message)
         case scheduler_pb2.REJECT_REASON_TOO_LONG:
             return InvalidRequestError(error.message, code="context_length_exceeded")
         case scheduler_pb2.REJECT_REASON_NOT_FOUND if attach:

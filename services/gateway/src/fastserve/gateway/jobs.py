@@ -101,7 +101,7 @@ class Job:
 
     @property
     def error(self) -> str:
-        """Why it FAILED, for the client."""
+        """Why it FAILED or missed its DEADLINE, for the client."""
         return self._error
 
     @property

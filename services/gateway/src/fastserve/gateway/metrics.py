@@ -26,6 +26,7 @@ _TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_00
 
 _OUTCOMES: Final = {
     401: "rejected_unauthorized",
+    403: "rejected_unauthorized",
     429: "rejected_capacity",
     499: "cancelled",
     503: "rejected_no_workers",
@@ -74,6 +75,10 @@ class Metrics:
         )
         self.unknown_class = counter(
             "fastserve_unknown_class_requests", "Requests of a class that does not exist"
+        )
+        self.capped_class = counter(
+            "fastserve_capped_class_requests",
+            "Requests that asked for a higher class than their API key grants",
         )
         self.tokenize = histogram(
             "fastserve_tokenize_seconds",

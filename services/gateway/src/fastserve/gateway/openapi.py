@@ -59,7 +59,7 @@ ANSWER_ERRORS: Final = BODY_ERRORS | _errors(
     _429="The queue is full: try again after Retry-After seconds",
     _500="An internal error",
     _503="No scheduler or no worker: try again after Retry-After seconds",
-    _504="The deadline of the request passed",
+    _504="The deadline of the request passed or cannot be met",
 )
 KEY_ERRORS: Final = _errors(_401="No key, or a wrong one")
 MODEL_ERRORS: Final = KEY_ERRORS | _errors(_404="No such model")

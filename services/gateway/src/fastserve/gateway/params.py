@@ -18,12 +18,13 @@ from fastserve.proto.v1.sampling_pb2 import SamplingParams
 
 CLASS_HEADER: Final = "x-fastserve-class"
 TENANT_HEADER: Final = "x-fastserve-tenant"
+FAIRNESS_HEADER: Final = "x-llm-d-inference-fairness-id"  # the same, as llm-d calls it
 TIMEOUT_HEADER: Final = "x-request-timeout-ms"
 ANSWER_HEADER: Final = "x-fastserve-answer"
 LAST_EVENT_HEADER: Final = "last-event-id"
 
 DEFAULT_CLASS: Final = "default"
-CLASSES: Final = ("interactive", DEFAULT_CLASS, "batch")
+CLASSES: Final = ("interactive", DEFAULT_CLASS, "batch")  # the highest first
 _CLASS_OF_TIER: Final = {
     None: DEFAULT_CLASS,
     "auto": DEFAULT_CLASS,
@@ -32,9 +33,18 @@ _CLASS_OF_TIER: Final = {
     "flex": "batch",
 }
 _TIER_OF_CLASS: Final = {"interactive": "priority", DEFAULT_CLASS: "default", "batch": "flex"}
-_TENANT: Final = re.compile(r"[\x21-\x7e]{1,128}")
+TENANT: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _MAX_TIMEOUT_MS: Final = 24 * 3600 * 1000
 _COMPLETION_MAX_TOKENS: Final = 16  # OpenAI's default
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What requests with an API key may ask for. `tenant` None: they name it themselves."""
+
+    tenant: str | None = None
+    highest_class: str = CLASSES[0]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,32 +52,56 @@ class Ordering:
     """What the scheduler needs to know about a request beside its tokens."""
 
     tenant: str
+    tenant_weight: float
     service_class: str
     priority: int
     timeout_s: float | None
     unknown_class: bool  # the class header named none that exists; the default is used
+    capped_class: bool  # the request asked for a higher class than its key grants
 
 
-def ordering_of(body: GenerationBody, headers: Mapping[str, str]) -> Ordering:
-    """Class, tenant, priority and deadline. Raises `InvalidRequestError`.
+def ordering_of(body: GenerationBody, headers: Mapping[str, str], grant: Grant) -> Ordering:
+    """Class, tenant, priority and deadline, as far as the key grants them.
 
     The class header beats `service_tier`. An unknown class is not an error: clients may name
-    classes that another deployment has.
+    classes that another deployment has. A class above that of the key is lowered. Raises
+    `InvalidRequestError`, with 403 for a tenant that the key does not stand for.
     """
     named = headers.get(CLASS_HEADER)
-    tier_class = _CLASS_OF_TIER[body.service_tier]
-    tenant = headers.get(TENANT_HEADER, "default")
-    if not _TENANT.fullmatch(tenant):
-        raise InvalidRequestError(
-            f"{TENANT_HEADER} must be 1 to 128 printable ASCII characters", param=TENANT_HEADER
-        )
+    asked = _CLASS_OF_TIER[body.service_tier]
+    if named is not None:
+        asked = named if named in CLASSES else DEFAULT_CLASS
+    lowered = CLASSES.index(asked) < CLASSES.index(grant.highest_class)
     return Ordering(
-        tenant=tenant,
-        service_class=tier_class if named is None else named if named in CLASSES else DEFAULT_CLASS,
+        tenant=_tenant(headers, grant),
+        tenant_weight=grant.weight,
+        service_class=grant.highest_class if lowered else asked,
         priority=body.priority or 0,
         timeout_s=_timeout(headers.get(TIMEOUT_HEADER)),
         unknown_class=named is not None and named not in CLASSES,
+        capped_class=lowered and (named in CLASSES or body.service_tier is not None),
     )
+
+
+def _tenant(headers: Mapping[str, str], grant: Grant) -> str:
+    """Our own header beats llm-d's. A key's tenant is not silently put in the place of another:
+    the client would believe that the work counts for someone for whom it does not."""
+    header = TENANT_HEADER if TENANT_HEADER in headers else FAIRNESS_HEADER
+    named = headers.get(header)
+    if named is not None and not TENANT.fullmatch(named):
+        raise InvalidRequestError(
+            f"{header} must be 1 to 128 printable ASCII characters", param=header
+        )
+    if grant.tenant is None:
+        return named or "default"
+    if named not in (None, grant.tenant):
+        raise InvalidRequestError(
+            "the API key belongs to another tenant",
+            status=403,
+            param=header,
+            code="tenant_not_allowed",
+        )
+    return grant.tenant
 
 
 def tier_of(body: GenerationBody, ordering: Ordering) -> str | None:
@@ -163,6 +197,13 @@ def max_tokens_of(body: GenerationBody, prompt_tokens: int, longest: int, prompt
             f"min_tokens is greater than the limit of {asked} tokens", param="min_tokens"
         )
     return asked
+
+
+def certain_tokens(body: GenerationBody, max_tokens: int) -> int:
+    """Output tokens of a job with this limit that nothing can spare: no stop string, no token."""
+    if body.ignore_eos and not body.stop and not body.stop_token_ids:
+        return max_tokens
+    return max(1, body.min_tokens or 0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, field_validator
 
 from fastserve.common.errors import StartupError
 from fastserve.common.settings import ServiceSettings
+from fastserve.gateway.auth import ApiKey, parse_key
 
 
 class GatewaySettings(ServiceSettings):
@@ -31,7 +32,9 @@ class GatewaySettings(ServiceSettings):
         default=[], description="key that requests must carry; repeat for more (default: none)"
     )
     api_key_file: Path | None = Field(
-        default=None, description="file with more keys, one a line; # begins a comment"
+        default=None,
+        description="file with more keys, one a line, each with what it grants if that is limited: "
+        "KEY tenant=NAME class=interactive|default|batch weight=NUMBER; # begins a comment",
     )
     max_body_size: int = Field(
         default=4 * 1024 * 1024, ge=1, description="bytes a request body may have"
@@ -69,16 +72,25 @@ class GatewaySettings(ServiceSettings):
         """Name of the model in requests and answers."""
         return self.served_model_name or self.model.resolve().name
 
-    def keys(self) -> list[str]:
+    def keys(self) -> list[ApiKey]:
         """All API keys; none: no key is asked for. Raises `StartupError`."""
-        keys = [key.get_secret_value() for key in self.api_key]
+        keys = [ApiKey(key.get_secret_value()) for key in self.api_key]
         if self.api_key_file is None:
             return keys
         try:
             lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise StartupError(f"key file {self.api_key_file} cannot be read: {error}") from error
-        found = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
+        found: dict[str, ApiKey] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                key = parse_key(line)
+                if key is not None and found.setdefault(key.key, key) != key:
+                    raise ValueError("the key was given before, with other properties")
+            except ValueError as error:
+                raise StartupError(
+                    f"key file {self.api_key_file}, line {number}: {error}"
+                ) from None
         if not found:
             raise StartupError(f"key file {self.api_key_file} holds no key")
-        return keys + found
+        return keys + list(found.values())

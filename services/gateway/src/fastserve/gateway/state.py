@@ -10,6 +10,7 @@ from fastapi import Request
 from fastserve.gateway.auth import ApiKeys
 from fastserve.gateway.errors import InvalidRequestError
 from fastserve.gateway.metrics import Metrics
+from fastserve.gateway.params import Grant
 from fastserve.gateway.scheduler_client import SchedulerClient
 from fastserve.gateway.settings import GatewaySettings
 from fastserve.gateway.tokenizer import Tokenizer, TokenizerPool
@@ -61,6 +62,10 @@ def gateway_of(request: Request) -> Gateway:
 
 async def authorized(request: Request) -> None:
     """Dependency of routes that need a key. Raises `InvalidRequestError` (401)."""
-    refusal = gateway_of(request).keys.check(request.headers.get("authorization"))
-    if refusal is not None:
-        raise refusal
+    request.state.grant = gateway_of(request).keys.grant(request.headers.get("authorization"))
+
+
+def grant_of(request: Request) -> Grant:
+    """What an authorized request may ask for."""
+    grant: Grant = request.state.grant
+    return grant

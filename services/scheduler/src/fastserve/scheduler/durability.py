@@ -253,10 +253,12 @@ def stored(record: JobRecord) -> StoredJob:
     return StoredJob(
         job_id=record.job_id,
         tenant=record.spec.tenant,
+        tenant_weight=record.spec.tenant_weight,
         service_class=record.spec.service_class,
         priority=record.spec.priority,
         arrival_unix_s=record.arrival_unix_s,
         deadline_unix_s=record.deadline_unix_s,
+        min_output_tokens=record.spec.min_tokens,
         traceparent=record.traceparent,
         prompt=record.spec.prompt,
         sampling=record.sampling,

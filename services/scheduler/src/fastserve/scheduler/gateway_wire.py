@@ -22,6 +22,7 @@ _REASONS: Final = {
     RejectReason.TOO_LONG: scheduler_pb2.REJECT_REASON_TOO_LONG,
     RejectReason.INVALID: scheduler_pb2.REJECT_REASON_INVALID,
     RejectReason.ALREADY_EXISTS: scheduler_pb2.REJECT_REASON_ALREADY_EXISTS,
+    RejectReason.DEADLINE: scheduler_pb2.REJECT_REASON_DEADLINE,
     RejectReason.NOT_FOUND: scheduler_pb2.REJECT_REASON_NOT_FOUND,
 }
 # Tokens in one message at most: a long replay must not become one huge message.
@@ -46,15 +47,20 @@ def spec_of(submit: scheduler_pb2.Submit, clock: Clock) -> JobSpec | Rejection:
     deadline = submit.deadline_unix_s
     if not math.isfinite(deadline) or deadline < 0:
         return invalid("deadline_unix_s must be a unix time or 0")
+    weight = submit.tenant_weight or 1.0
+    if not 0 < weight < math.inf:
+        return invalid("tenant_weight must be greater than 0")
     return JobSpec(
         job_id=submit.job_id,
         prompt=tuple(submit.prompt_token_ids),
         max_tokens=submit.sampling.max_tokens,
         arrival=clock.now(),
         tenant=submit.tenant or "default",
+        tenant_weight=weight,
         service_class=service_class,
         priority=submit.priority,
         deadline=clock.from_unix(deadline) if deadline else None,
+        min_tokens=max(1, submit.min_output_tokens, submit.sampling.min_tokens),
     )
 
 

@@ -12,9 +12,11 @@ from fastserve.proto.v1 import scheduler_pb2
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import (
+    Demotion,
     FinishReason,
     JobSpec,
     JobState,
+    KvStrategy,
     Scheduler,
     SchedulerConfig,
 )
@@ -104,9 +106,11 @@ class Leader:
             max_tokens=stored.sampling.max_tokens,
             arrival=self._clock.from_unix(stored.arrival_unix_s),
             tenant=stored.tenant,
+            tenant_weight=stored.tenant_weight,
             service_class=stored.service_class,
             priority=stored.priority,
             deadline=self._clock.from_unix(deadline) if deadline else None,
+            min_tokens=stored.min_output_tokens,
         )
         job = None
         if not stored.finish_reason:
@@ -187,6 +191,9 @@ class Leader:
             self._metrics.follow(self.core.counters)
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
             self._metrics.workers.set(len(self.engine.links))
+            self._metrics.set_costs(
+                {link.worker_id: self.core.cost_model(link.worker_id) for link in self.engine.links}
+            )
             self._metrics.gateways.set(self.hub.sessions)
             await asyncio.sleep(_GAUGES_S)
 
@@ -229,5 +236,15 @@ def core_config(settings: SchedulerSettings) -> SchedulerConfig:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_queued_jobs=settings.max_num_queued_reqs,
         lease=settings.lease,
+        max_partial_prefills=settings.max_num_partial_prefills,
+        look_ahead=settings.look_ahead,
+        fair_sharing=settings.fair_sharing,
+        quantum_s=settings.quantum,
+        quantum_ratio=settings.quantum_ratio,
+        levels=settings.levels,
+        demotion=Demotion(settings.demotion),
         starvation_s=settings.starvation_threshold,
+        promotion_share=settings.promotion_share,
+        kv_strategy=KvStrategy(settings.kv_strategy),
+        kv_reserve_blocks=settings.kv_reserve_blocks,
     )

@@ -7,6 +7,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from fastserve.scheduler.core import CostModel
+
 _FAST: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _ITERATION: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _PAUSES: Final = (0.0, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -65,6 +67,19 @@ class Metrics:
         self.redis_write = histogram(
             "fastserve_redis_write_seconds", "Round trips of the write script", _FAST
         )
+        self.cost_error = gauge(
+            "fastserve_cost_model_error_ratio",
+            "Mean of |predicted - measured| / measured over the newest iterations",
+            "worker",
+        )
+        self.decode_time = gauge(
+            "fastserve_predicted_decode_seconds", "Median decode iteration of a worker", "worker"
+        )
+        self.prefill_rate = gauge(
+            "fastserve_predicted_prefill_tokens_per_second",
+            "Predicted for a prompt of 512 tokens alone",
+            "worker",
+        )
         self.durable = gauge("fastserve_durable", "1 if what gateways have seen is in Redis")
         self.leader = gauge("fastserve_leader", "1 if this process leads the shard")
         self.workers = gauge("fastserve_workers_connected", "Workers with an open stream")
@@ -86,6 +101,15 @@ class Metrics:
                 self.promotions.inc(more)
             elif kind == "tokens":
                 self.moved_tokens.labels(rest).inc(more)
+
+    def set_costs(self, models: Mapping[str, CostModel]) -> None:
+        """What is known of the connected workers, by their ids; others are forgotten."""
+        for gauge in (self.cost_error, self.decode_time, self.prefill_rate):
+            gauge.clear()
+        for worker, cost in models.items():
+            self.cost_error.labels(worker).set(cost.error)
+            self.decode_time.labels(worker).set(cost.decode_s)
+            self.prefill_rate.labels(worker).set(cost.prefill_tokens_per_s)
 
     def restart(self) -> None:
         """A new leader counts from 0 again."""

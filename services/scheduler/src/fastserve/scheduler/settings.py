@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import Field, field_validator
+from pydantic_settings import CliExplicitFlag
 
 from fastserve.common.settings import ServiceSettings
 
@@ -48,9 +51,56 @@ class SchedulerSettings(ServiceSettings):
     lease: int = Field(
         default=4, ge=1, description="iterations a worker may run before it hears again"
     )
-    starvation_threshold: float = Field(
-        default=3.0, gt=0, description="seconds a job waits before it is promoted"
+    max_num_partial_prefills: int = Field(
+        default=2, ge=1, description="prompts of more than one iteration that are under way at once"
     )
+    look_ahead: int = Field(
+        default=64, ge=1, description="jobs that may be passed over in a plan for want of room"
+    )
+    fair_sharing: CliExplicitFlag[bool] = Field(
+        default=True,
+        description="on: tenants of one class share service by weight (not with fcfs, hrrn, srpt)",
+    )
+
+    quantum: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds of service in the first level, or measured: a decode iteration "
+        "(default: measured)",
+    )
+    quantum_ratio: float = Field(
+        default=2.0, gt=1, allow_inf_nan=False, description="quantum of a level over the one above"
+    )
+    levels: int = Field(default=10, ge=1, le=64, description="levels of the feedback queue")
+    demotion: Literal["as-used", "one-level"] = Field(
+        default="as-used",
+        description="what a used-up quantum costs: as-used (as many levels as the use calls for) "
+        "or one-level",
+    )
+    starvation_threshold: float = Field(
+        default=3.0, gt=0, description="seconds a job waits before it is promoted; inf: never"
+    )
+    promotion_share: float = Field(
+        default=0.25, gt=0, le=1, description="share of the rows that promoted jobs may take"
+    )
+
+    kv_strategy: Literal["proactive", "reactive", "recompute", "defer"] = Field(
+        default="proactive",
+        description="when the device is full, KV caches leave ahead of need (proactive), at need "
+        "(reactive), are dropped (recompute) or stay (defer)",
+    )
+    kv_reserve_blocks: int | None = Field(
+        default=None,
+        ge=0,
+        description="device blocks kept idle for newcomers, or auto: as recent ones needed "
+        "(default: auto)",
+    )
+
+    @field_validator("quantum", "kv_reserve_blocks", mode="before")
+    @classmethod
+    def _by_itself(cls, value: Any) -> Any:
+        return None if value in ("auto", "measured") else value
 
     @field_validator("worker")
     @classmethod

@@ -29,7 +29,7 @@ def snapshot(
         uptime_s=uptime_s,
         level_depths=core.level_depths(),
         level_quanta_s=core.level_quanta(),
-        workers=[_worker(link) for link in links],
+        workers=[_worker(core, link) for link in links],
         counters=core.counters,
     )
     if include_jobs:
@@ -37,7 +37,7 @@ def snapshot(
     return reply
 
 
-def _worker(link: WorkerLink) -> scheduler_pb2.WorkerState:
+def _worker(core: Scheduler, link: WorkerLink) -> scheduler_pb2.WorkerState:
     described = link.described
     state = scheduler_pb2.WorkerState(
         address=link.address, connected=described is not None, iterations=link.iterations
@@ -49,6 +49,10 @@ def _worker(link: WorkerLink) -> scheduler_pb2.WorkerState:
         state.host_blocks = described.host_blocks
         state.free_host_blocks = link.free_host_blocks
         state.block_size = described.block_size
+        cost = core.cost_model(described.worker_id)
+        state.cost_model_error = cost.error
+        state.decode_s = cost.decode_s
+        state.prefill_tokens_per_s = cost.prefill_tokens_per_s
     return state
 
 

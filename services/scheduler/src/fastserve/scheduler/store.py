@@ -58,10 +58,12 @@ class StoredJob:
 
     job_id: str
     tenant: str
+    tenant_weight: float
     service_class: str
     priority: int
     arrival_unix_s: float
     deadline_unix_s: float  # 0: none
+    min_output_tokens: int
     traceparent: str
     prompt: Sequence[int]
     sampling: SamplingParams
@@ -265,7 +267,9 @@ def _fields(job: StoredJob) -> list[Any]:
         job.sampling, preserving_proto_field_name=True, indent=None
     )
     return [
-        *("tenant", job.tenant, "service_class", job.service_class, "priority", job.priority),
+        *("tenant", job.tenant, "tenant_weight", repr(job.tenant_weight)),
+        *("min_output_tokens", job.min_output_tokens),
+        *("service_class", job.service_class, "priority", job.priority),
         *("arrival_unix_s", repr(job.arrival_unix_s)),
         *("deadline_unix_s", repr(job.deadline_unix_s)),
         *("traceparent", job.traceparent, "sampling", sampling, "prompt", _tokens(job.prompt)),
@@ -278,6 +282,9 @@ def _decode(job_id: str, fields: Mapping[str, str], log: str) -> StoredJob:
     return StoredJob(
         job_id=job_id,
         tenant=fields["tenant"],
+        # Not written by earlier versions.
+        tenant_weight=float(fields.get("tenant_weight", 1.0)),
+        min_output_tokens=int(fields.get("min_output_tokens", 1)),
         service_class=fields["service_class"],
         priority=int(fields["priority"]),
         arrival_unix_s=float(fields["arrival_unix_s"]),

@@ -21,6 +21,7 @@ from fastserve.gateway.metrics import RequestTimes
 from fastserve.gateway.middleware import note_error, started_at
 from fastserve.gateway.params import (
     Ordering,
+    certain_tokens,
     max_tokens_of,
     ordering_of,
     resume_of,
@@ -30,7 +31,7 @@ from fastserve.gateway.params import (
 )
 from fastserve.gateway.schemas import GenerationBody
 from fastserve.gateway.sse import EventStream, StreamSettings
-from fastserve.gateway.state import Gateway, gateway_of
+from fastserve.gateway.state import Gateway, gateway_of, grant_of
 from fastserve.gateway.tracing import describe_answer, describe_request
 from fastserve.proto.v1 import sampling_pb2, scheduler_pb2
 
@@ -113,9 +114,11 @@ async def _begin(
     """Everything up to the scheduler's acceptance. Raises `ApiError`."""
     longest = await _limit(gateway)  # before the checks: the workers name the model
     _check(gateway, body)
-    ordering = ordering_of(body, request.headers)
+    ordering = ordering_of(body, request.headers, grant_of(request))
     if ordering.unknown_class:
         gateway.metrics.unknown_class.inc()
+    if ordering.capped_class:
+        gateway.metrics.capped_class.inc()
     count = (body.n or 1) * endpoint.prompts
     resume = resume_of(body, request.headers, count)
     response_id = resume.response_id if resume else f"{endpoint.id_prefix}-{uuid.uuid4().hex}"
@@ -194,12 +197,14 @@ def _submits(
             submit = scheduler_pb2.Submit(
                 job_id=f"{response_id}.{len(submits)}",
                 tenant=ordering.tenant,
+                tenant_weight=ordering.tenant_weight,
                 service_class=ordering.service_class,
                 priority=ordering.priority,
                 prompt_token_ids=prompt,
                 sampling=sampling,
                 traceparent=traceparent,
                 deadline_unix_s=deadline,
+                min_output_tokens=certain_tokens(body, max_tokens),
             )
             submit.sampling.seed = seed
             submit.sampling.max_tokens = max_tokens

@@ -3,6 +3,7 @@
 `Scheduler` is the way in. Time is an argument, in seconds; nothing here does I/O.
 """
 
+from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.errors import (
     CoreError,
     IntegrityError,
@@ -14,6 +15,7 @@ from fastserve.scheduler.core.scheduler import Scheduler
 from fastserve.scheduler.core.types import (
     AcceptedToken,
     CostSample,
+    Demotion,
     Event,
     EventKind,
     Finished,
@@ -44,7 +46,9 @@ from fastserve.scheduler.core.types import (
 __all__ = [
     "AcceptedToken",
     "CoreError",
+    "CostModel",
     "CostSample",
+    "Demotion",
     "Event",
     "EventKind",
     "FinishReason",

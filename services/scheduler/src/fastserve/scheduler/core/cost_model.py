@@ -76,6 +76,7 @@ class CostModel:
         self.decode_s = 0.0  # median of the last iterations in which every row decoded
         self._decode(decode.seconds)
         self.error = 0.0  # running mean of |predicted - measured| / measured
+        self.samples = 0  # iterations that it was compared with
 
     def seconds(self, work: Work) -> float:
         """Expected of an iteration. Never negative; no part of the work makes it shorter."""
@@ -87,6 +88,13 @@ class CostModel:
             + max(rows, 0.0) * work.rows / _ROWS
             + max(context, 0.0) * work.context / _CONTEXT
         )
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Of one prompt of 512 tokens, alone in an iteration; 0 if that takes no time at all."""
+        tokens = int(_TOKENS)
+        seconds = self.seconds(chunk(0, tokens))
+        return tokens / seconds if seconds > 0 else 0.0
 
     def prefill(self, tokens: int, budget: int) -> float:
         """Seconds that a prompt of `tokens` takes alone, `budget` tokens per iteration."""
@@ -103,6 +111,7 @@ class CostModel:
             self._decode(seconds)
         relative = abs(self.seconds(work) - seconds) / seconds
         self.error += _NEWEST * (min(relative, 10.0) - self.error)
+        self.samples += 1
         if relative < _KNOWN:
             return
         x = (

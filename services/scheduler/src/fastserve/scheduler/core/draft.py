@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.policies.base import Key
 from fastserve.scheduler.core.types import KvOperation, KvOpKind, KvState, PlanRow, PreemptMode
 
 
@@ -20,6 +22,7 @@ class Draft:
     """
 
     group: Group
+    head: Sequence[Job] = ()  # the first of the order
     rows: list[PlanRow] = field(default_factory=list)
     chosen: set[Job] = field(default_factory=set)  # those of `rows`
     ops: list[KvOperation] = field(default_factory=list)
@@ -27,6 +30,15 @@ class Draft:
     kept: int = 0
     starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
     evicted: dict[Job, PreemptMode] = field(default_factory=dict)
+    ranks: dict[Job, int] = field(default_factory=dict)  # of `head`, once somebody asked
+
+    def place(self, job: Job) -> Key:
+        """Where a job stands: the smaller, the earlier. Who is not in the head comes after it."""
+        if not self.group.queue.shared:
+            return job.key
+        if not self.ranks:
+            self.ranks = {job: rank for rank, job in enumerate(self.head)}
+        return (self.ranks.get(job, len(self.head)), *job.key)
 
     def spare(self, *, resident: bool = False) -> int:
         """Device blocks for whoever comes next in the order.

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastserve.scheduler.core.cost_model import CostModel
+from fastserve.scheduler.core.fair_queue import FairQueue
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies import Policy, policy_named
-from fastserve.scheduler.core.run_queue import RunQueue
 from fastserve.scheduler.core.types import (
     JobState,
     KvOpKind,
@@ -62,7 +62,7 @@ class Group:
     next_place: Callable[[], int]
     cost: CostModel = field(init=False)
     policy: Policy = field(init=False)
-    queue: RunQueue = field(init=False)
+    queue: FairQueue = field(init=False)
     running: int = 0  # jobs with a row
     waiting: OrderedDict[Job, None] = field(default_factory=OrderedDict)
     #   those without a row that were not lifted for it, the longest waiting first
@@ -91,7 +91,7 @@ class Group:
             budget=self.max_tokens,
             place=self.next_place,
         )
-        self.queue = RunQueue(self.policy.key)
+        self.queue = FairQueue(self.policy.key, fair=config.fair_sharing and self.policy.fair)
 
     @property
     def max_rows(self) -> int:
@@ -136,7 +136,7 @@ class Group:
         job.state = JobState.RUNNING
         self.running += 1
         self.waiting.pop(job, None)
-        self.queue.update(job)
+        self.queue.start(job)
 
     def stop(self, job: Job, now: float) -> None:
         """It lost its row."""
@@ -145,7 +145,7 @@ class Group:
         job.wait_since = now
         self.running -= 1
         self.waiting[job] = None
-        self.queue.update(job)
+        self.queue.stop(job)
 
     # --- memory ------------------------------------------------------------------------------
 

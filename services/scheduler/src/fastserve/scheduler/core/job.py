@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastserve.scheduler.core.types import JobSpec, JobState, KvOpKind, KvState, PlanRow
+
+if TYPE_CHECKING:
+    from fastserve.scheduler.core.fair_queue import Lane
 
 
 class Job:
@@ -22,6 +27,7 @@ class Job:
         "host_tokens",
         "key",
         "kv",
+        "lane",
         "last_plan",
         "level",
         "limit",
@@ -51,6 +57,8 @@ class Job:
         self.output: list[int] = []
         self.state = JobState.QUEUED
         self.worker_id: str | None = None  # the worker group it belongs to
+
+        self.lane: Lane  # of its tenant in its group; set while it has one
 
         # Policy.
         self.key: tuple[float, ...] = ()  # where it stands in its queue

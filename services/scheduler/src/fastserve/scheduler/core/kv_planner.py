@@ -38,11 +38,12 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     if draft.group.config.kv_strategy is KvStrategy.DEFER and not (job.booked or starving):
         return coming
     any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
+    place = draft.place(job)
     worse = [
         victim
         for victim in _victims(draft)
         if (any_victim or victim.state is not JobState.RUNNING)
-        and (victim.key > job.key or (starving and victim.seq > job.seq))
+        and (draft.place(victim) > place or (starving and victim.seq > job.seq))
     ]
     if coming + sum(victim.booked for victim in worse) < need:
         return coming
@@ -88,8 +89,11 @@ def bring_back(draft: Draft, next_jobs: Iterable[Job]) -> None:
 
 
 def _reserve(draft: Draft) -> int:
-    """Idle blocks to keep: an average newcomer, and the growth of all rows during a lease."""
+    """Idle blocks to keep: as configured, or else room for an average newcomer and for the growth
+    of all rows during a lease."""
     group = draft.group
+    if group.config.kv_reserve_blocks is not None:
+        return min(group.config.kv_reserve_blocks, group.info.device_blocks)
     growth = group.blocks(group.max_rows * group.config.lease)
     wanted = round(group.newcomer_blocks) + growth
     return min(wanted, int(group.info.device_blocks * _LARGEST_RESERVE))
@@ -98,7 +102,7 @@ def _reserve(draft: Draft) -> int:
 def _victims(draft: Draft) -> list[Job]:
     """Jobs whose device blocks could be freed, the one that runs last first."""
     idle = [job for job in draft.group.resident if job.op is None and job not in draft.chosen]
-    idle.sort(key=lambda job: job.key, reverse=True)
+    idle.sort(key=draft.place, reverse=True)
     return idle
 
 

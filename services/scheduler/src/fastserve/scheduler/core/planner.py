@@ -34,10 +34,11 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     _promote(group, now, tell, counters)
     if group.queue.may_resort() and group.policy.resort(now, len(group.waiting)):
         group.queue.resort()
+    group.queue.settle()
     group.host_closed = now < group.host_reopens
     draft = Draft(group)
     draft.release_ended()
-    head = _head(group)
+    head = draft.head = _head(group)
     _choose_rows(draft, chain(head, _behind(group, head)), now)
     if group.config.kv_strategy is KvStrategy.PROACTIVE:
         kv_planner.keep_reserve(draft)
@@ -60,7 +61,7 @@ def _head(group: Group) -> list[Job]:
 
 
 def _behind(group: Group, head: list[Job]) -> Iterator[Job]:
-    """Whoever can run without moving, in order; only sorted out if the head leaves rows."""
+    """Whoever can run without moving, by key; only sorted out if the head leaves rows."""
     if len(head) == len(group.queue):
         return
     seen = set(head)

@@ -70,7 +70,7 @@ class ReportReader:
         group.cost.observe(work, report.seconds)
         share = _Share(group.cost, work, report.seconds)
         find, worker_id, charge = self._find, group.info.worker_id, group.policy.charge
-        drop_device, decode_s = KvOpKind.DROP_DEVICE, share.decode
+        drop_device, decode_s, shared = KvOpKind.DROP_DEVICE, share.decode, group.queue.shared
         for job_id, new_tokens, computed in report.rows:
             job = find(job_id)
             if job is None or job.worker_id != worker_id:
@@ -87,6 +87,8 @@ class ReportReader:
             # A row may have had nothing to do, for want of a block.
             seconds = decode_s if new_tokens <= 1 else share.prefill(computed, new_tokens)
             job.attained += seconds
+            if shared:
+                group.queue.charge(job, seconds)
             level = job.level
             if charge(job, seconds):
                 job.sunk = True

@@ -10,8 +10,6 @@ from fastserve.scheduler.core.policies.base import Key
 
 _Entry = tuple[Key, Job]
 _LONGEST = 512  # entries of a run
-_QUICK = 1024  # jobs that may be sorted anew at any time
-_PER_CHANGE = 1  # beyond that: jobs sorted anew per change since the last time
 
 
 class RunQueue:
@@ -26,7 +24,6 @@ class RunQueue:
         self._runs: list[list[_Entry]] = []
         self._last: list[Key] = []  # the largest key of each run
         self._size = 0
-        self._changes = 0  # since all was sorted
 
     def __len__(self) -> int:
         return self._size
@@ -49,7 +46,6 @@ class RunQueue:
     def add(self, job: Job) -> None:
         job.key = key = self._key(job)
         self._size += 1
-        self._changes += 1
         if not self._runs:
             self._runs.append([(key, job)])
             self._last.append(key)
@@ -81,16 +77,8 @@ class RunQueue:
         self.remove(job)
         self.add(job)
 
-    def may_resort(self) -> bool:
-        """Whether sorting all anew is cheap beside the changes since the last time.
-
-        A long queue is therefore sorted anew more rarely: the cost per change stays bounded.
-        """
-        return self._size <= max(_QUICK, _PER_CHANGE * self._changes)
-
     def resort(self) -> None:
         """All keys may have changed."""
-        self._changes = 0
         jobs = list(self)
         for job in jobs:
             job.key = self._key(job)

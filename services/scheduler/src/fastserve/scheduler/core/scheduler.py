@@ -6,8 +6,9 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from heapq import heappop, heappush
 
+from fastserve.scheduler.core.cost_model import CostModel
+from fastserve.scheduler.core.deadlines import Deadlines, least_seconds
 from fastserve.scheduler.core.errors import IntegrityError, ProtocolError
 from fastserve.scheduler.core.group import Group, Leftover
 from fastserve.scheduler.core.job import Job
@@ -39,6 +40,8 @@ _END_STATES = {
     FinishReason.DEADLINE: JobState.CANCELLED,
 }
 _LONGEST_RETRY_S = 60
+_PASSED = "the deadline of the request has passed"
+_TOO_LATE = "the deadline of the request cannot be met any more"
 
 
 class Scheduler:
@@ -52,7 +55,7 @@ class Scheduler:
         self._jobs: dict[str, Job] = {}  # live ones
         self._groups: dict[str, Group] = {}
         self._homeless: dict[Job, None] = {}  # live, without a group
-        self._deadlines: list[tuple[float, int, Job]] = []
+        self._deadlines = Deadlines(self._group_of)
         self._events: list[Event] = []
         self._places = itertools.count()
         self._finish_gap_s = 0.0  # average time between two ends
@@ -141,6 +144,9 @@ class Scheduler:
         able = [group for group in self._groups.values() if group.fits(total_tokens)]
         return min(able, key=lambda group: len(group.queue), default=None)
 
+    def _group_of(self, job: Job) -> Group | None:
+        return None if job.worker_id is None else self._groups.get(job.worker_id)
+
     def _settle(self, group: Group, job: Job, now: float) -> None:
         job.wait_since = now
         if group.holds(job.job_id):  # it was here before, and is just being released
@@ -166,6 +172,8 @@ class Scheduler:
                 RejectReason.TOO_LONG,
                 f"prompt and output may have {most} tokens together, not {total}",
             )
+        if spec.deadline is not None and now + least_seconds(group, spec) >= spec.deadline:
+            return Rejection(RejectReason.DEADLINE, _TOO_LATE)
         waiting = len(self._jobs) - sum(group.running for group in self._groups.values())
         if waiting >= self.config.max_queued_jobs:
             return Rejection(
@@ -176,6 +184,7 @@ class Scheduler:
         job = self._enter(spec, now)
         group.policy.join(job)
         self._settle(group, job, now)
+        self._deadlines.watch(job)
         self._tell(job, EventKind.QUEUED, now)
         return None
 
@@ -203,13 +212,12 @@ class Scheduler:
             self._homeless[job] = None
         else:
             self._settle(group, job, now)
+        self._deadlines.watch(job)
         self._tell(job, EventKind.QUEUED, now)
 
     def _enter(self, spec: JobSpec, now: float) -> Job:
         job = Job(spec, next(self._places), now)
         self._jobs[spec.job_id] = job
-        if spec.deadline is not None:
-            heappush(self._deadlines, (spec.deadline, job.seq, job))
         return job
 
     def cancel(self, job_id: str, now: float) -> bool:
@@ -221,18 +229,17 @@ class Scheduler:
         return True
 
     def expire(self, now: float) -> list[Finished]:
-        """End the jobs whose deadline has come."""
+        """End the jobs whose deadline has come, or cannot be met any more."""
         ended = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, job = heappop(self._deadlines)
-            if job.live:
-                self._end(job, FinishReason.DEADLINE, now)
-                text = "the deadline of the request has passed"
-                ended.append(Finished(job.job_id, FinishReason.DEADLINE, text))
+        for job in self._deadlines.due(now):
+            self._end(job, FinishReason.DEADLINE, now)
+            passed = job.spec.deadline is not None and job.spec.deadline <= now
+            text = _PASSED if passed else _TOO_LATE
+            ended.append(Finished(job.job_id, FinishReason.DEADLINE, text))
         return ended
 
     def _end(self, job: Job, reason: FinishReason, now: float) -> None:
-        group = self._groups.get(job.worker_id) if job.worker_id is not None else None
+        group = self._group_of(job)
         if group is None:
             del self._homeless[job]
         else:
@@ -293,6 +300,10 @@ class Scheduler:
             return group.policy.quanta()
         return [0.0] * self.config.levels
 
+    def cost_model(self, worker_id: str) -> CostModel:
+        """What is known of the times of a worker. Raises KeyError if it is not connected."""
+        return self._groups[worker_id].cost
+
     def drain_events(self) -> list[Event]:
         """What happened since the last call."""
         events, self._events = self._events, []
@@ -313,7 +324,7 @@ class Scheduler:
 
 def _check_group(group: Group) -> None:
     jobs = list(group.queue)
-    _demand([group.policy.key(job) for job in jobs] == sorted(job.key for job in jobs), "order")
+    group.queue.check()
     ended = [*group.to_release.values()]
     ended += [op.leftover for op in group.ops.values() if op.leftover is not None]
     device = sum(job.booked for job in jobs) + sum(leftover.device for leftover in ended)

@@ -49,13 +49,14 @@ class FinishReason(StrEnum):
 
 
 class RejectReason(StrEnum):
-    """Why a job was not taken; names as in scheduler.proto. The core uses the first five."""
+    """Why a job was not taken; names as in scheduler.proto. The core uses the first six."""
 
     QUEUE_FULL = auto()
     NO_WORKER = auto()
     TOO_LONG = auto()
     INVALID = auto()
     ALREADY_EXISTS = auto()
+    DEADLINE = auto()
     DRAINING = auto()
     NOT_FOUND = auto()
 
@@ -86,6 +87,13 @@ class KvStrategy(StrEnum):
     REACTIVE = auto()  # leave when it is full, come back when they are needed
     RECOMPUTE = auto()  # are dropped
     DEFER = auto()  # stay; newcomers wait
+
+
+class Demotion(StrEnum):
+    """What a used-up quantum costs a job in the multi-level policies."""
+
+    AS_USED = "as-used"  # as many levels as the use calls for; the rest counts where it lands
+    ONE_LEVEL = "one-level"  # one level, however much it used (as the paper's artifact does)
 
 
 class PreemptReason(StrEnum):
@@ -124,8 +132,10 @@ class JobSpec:
     """What was submitted.
 
     `service_class` ("interactive", "default" or "batch") comes first in the order, or is a
-    head start in `fastserve`; then `priority` (lower is sooner). `fcfs` and `hrrn` go by neither.
-    `tenant` is carried for metrics.
+    head start in `fastserve`; then the tenants of the class share service by `tenant_weight`; then
+    `priority` (lower is sooner) orders the jobs of a tenant. `fcfs` and `hrrn` go by none of them.
+    `min_tokens`: output tokens that it has whatever is sampled, which decides whether its deadline
+    can be met. Raises ValueError for a weight that is not greater than 0.
     """
 
     job_id: str
@@ -133,9 +143,15 @@ class JobSpec:
     max_tokens: int
     arrival: float
     tenant: str = "default"
+    tenant_weight: float = 1.0
     service_class: str = "default"
     priority: int = 0
     deadline: float | None = None
+    min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tenant_weight < math.inf:
+            raise ValueError(f"tenant_weight must be greater than 0, not {self.tenant_weight}")
 
 
 class CostSample(NamedTuple):
@@ -309,10 +325,14 @@ class SchedulerConfig:
     max_partial_prefills: int = 2  # rows of a plan whose prefill takes more than one iteration
     look_ahead: int = 64  # jobs that may be passed over in one plan because they do not fit
     levels: int = 10
+    quantum_s: float | None = None  # of the first level; None: a decode iteration as measured
     quantum_ratio: float = 2.0
-    starvation_s: float = 3.0  # alpha: waiting time after which a job is promoted
+    demotion: Demotion = Demotion.AS_USED
+    starvation_s: float = 3.0  # alpha: waiting time after which a job is promoted; inf: never
     promotion_share: float = 0.25  # of the rows, at the most, for promoted jobs
     kv_strategy: KvStrategy = KvStrategy.PROACTIVE
+    kv_reserve_blocks: int | None = None  # kept idle; None: as newcomers and growth call for
+    fair_sharing: bool = True  # between the tenants of a class, where the policy has it
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -323,9 +343,16 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.kv_strategy not in list(KvStrategy):
-            known = ", ".join(KvStrategy)
-            raise ValueError(f"kv_strategy {self.kv_strategy!r} is unknown: choose one of {known}")
+        for name, kind in (("kv_strategy", KvStrategy), ("demotion", Demotion)):
+            value = getattr(self, name)
+            if value not in list(kind):
+                known = ", ".join(kind)
+                raise ValueError(f"{name} {value!r} is unknown: choose one of {known}")
+            object.__setattr__(self, name, kind(value))  # a plain string will do
+        if self.quantum_s is not None and not 0 < self.quantum_s < math.inf:
+            raise ValueError(f"quantum_s must be greater than 0, not {self.quantum_s}")
+        if self.kv_reserve_blocks is not None and self.kv_reserve_blocks < 0:
+            raise ValueError(f"kv_reserve_blocks must be 0 or more, not {self.kv_reserve_blocks}")
         if not self.quantum_ratio > 1:
             raise ValueError(f"quantum_ratio must be greater than 1, not {self.quantum_ratio}")
         if not self.starvation_s > 0:

@@ -8,8 +8,9 @@
 --   fastserve:{shard}:seq          string  number of the last write of this epoch
 --   fastserve:{shard}:level:<0-63> zset    live jobs of a level, by the order in which they entered it
 --   fastserve:{shard}:finished     zset    ended jobs, by the unix time at which they expire
---   fastserve:{shard}:job:<id>     hash    what was submitted: tenant service_class priority
---                                          arrival_unix_s deadline_unix_s traceparent sampling (JSON)
+--   fastserve:{shard}:job:<id>     hash    what was submitted: tenant tenant_weight
+--                                          service_class priority arrival_unix_s deadline_unix_s
+--                                          min_output_tokens traceparent sampling (JSON)
 --                                          prompt ("1,2,3,"); where it stands: level order attained_s
 --                                          preemptions state; once ended: finish_reason error
 --   fastserve:{shard}:log:<id>     string  its output tokens, "1,2,3,": appended to by every write

@@ -31,6 +31,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     preemptive: ClassVar[bool]  # a waiting job may take the row or the memory of a running one
+    fair: ClassVar[bool] = False  # the tenants of a class share service, see `FairQueue`
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class Policy(ABC):
         """Whether keys have changed as time went by: then the whole queue is sorted anew.
 
         waiting: jobs without a row. Asked before every plan, of long queues only after many
-        changes (`RunQueue.may_resort`); should rarely say yes.
+        changes (`FairQueue.may_resort`); should rarely say yes.
         """
         return False
 

@@ -11,6 +11,7 @@ class FixedPriority(Promoting):
 
     name = "fixed-priority"
     preemptive = True
+    fair = True
 
     def key(self, job: Job) -> Key:
         return (not job.boosted, class_rank(job), job.spec.priority, job.prompt_len, job.place)

@@ -3,9 +3,9 @@
 Level k has a quantum of q1 * ratio^k seconds, q1 being the measured time of a decode iteration. A
 job that used its quantum up goes to the back of a lower level. Where paper and artifact differ,
 this is what is done here:
-- q1 follows the measurement, it is not a constant;
+- q1 follows the measurement, it is not a constant (option `quantum_s`);
 - a job sinks as many levels as its use calls for, and what it used beyond the quanta on the way
-  counts in the level where it lands;
+  counts in the level where it lands (option `demotion`);
 - it is charged for its own share of an iteration, and joins the back of the lower level;
 - waiting for longer than the starvation threshold lifts a job before level 0 with a fresh quantum,
   but only a share of the rows at a time, so that overload does not turn into round robin.
@@ -17,7 +17,7 @@ from typing import Any
 
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key, Promoting, class_rank
-from fastserve.scheduler.core.types import JobState
+from fastserve.scheduler.core.types import Demotion, JobState
 
 
 class Mlfq(Promoting):
@@ -25,6 +25,7 @@ class Mlfq(Promoting):
 
     name = "mlfq"
     preemptive = True
+    fair = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,17 +44,19 @@ class Mlfq(Promoting):
 
     def quantum(self, level: int) -> float:
         """Seconds of service in a level."""
-        return self.cost.decode_s * self._growth[level]
+        return (self.config.quantum_s or self.cost.decode_s) * self._growth[level]
 
     def quanta(self) -> list[float]:
         return [self.quantum(level) for level in range(self.config.levels)]
 
     def charge(self, job: Job, seconds: float) -> bool:
         job.used += seconds
-        quantum = self.cost.decode_s * self._growth[job.level]
+        quantum = self.quantum(job.level)
         if job.used < quantum:
             return False
         last = self.config.levels - 1
+        if self.config.demotion is Demotion.ONE_LEVEL:
+            job.level, job.used = min(job.level + 1, last), 0.0
         while job.used >= quantum:
             job.used -= quantum
             if job.level == last:
