@@ -16,7 +16,8 @@ from fastserve.scheduler.core import FinishReason, Job, JobSpec
 from fastserve.scheduler.durability import Journal, stored
 from fastserve.scheduler.jobs import End, JobRecord, JobTable
 from fastserve.scheduler.lease import Term
-from fastserve.scheduler.store import FencedError, Store
+from fastserve.scheduler.store import Store
+from fastserve.scheduler.store_errors import FencedError
 from support.valkey import Valkey, running_valkey
 from support.waiting import eventually
 
@@ -220,6 +221,29 @@ async def test_an_outage_costs_no_memory_beyond_the_jobs(bench: Bench) -> None:
     assert len(bench.journal._dirty) <= len(records)
     bench.valkey.start()
     await eventually(lambda: bench.journal.durable)
+    await bench.check_redis()
+
+
+async def test_jobs_that_come_and_go_in_an_outage_leave_nothing(bench: Bench) -> None:
+    stays = bench.submit("stays")
+    await bench.journal.flush()
+    bench.valkey.stop()
+    bench.iterate(stays)
+    await eventually(lambda: not bench.journal.durable)
+    for number in range(200):
+        record = bench.submit(f"j{number}")
+        bench.iterate(stays, record)
+        record.end = End(FinishReason.STOP, "")
+        bench.journal.mark(record)
+        bench.journal.commit()
+        bench.jobs.retire(record, now=0.0)
+        bench.jobs.forget_ended(now=1000.0)
+        await asyncio.sleep(0.002)  # tries to reach Redis happen in between
+    assert bench.journal.backlog == 1
+    assert len(bench.journal._dirty) <= 1
+    bench.valkey.start()
+    await eventually(lambda: bench.journal.durable)
+    await bench.journal.flush()
     await bench.check_redis()
 
 

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis import exceptions
 from redis.asyncio import Redis
 
 from fastserve.common.errors import StartupError
 from fastserve.proto.v1.sampling_pb2 import SamplingParams
-from fastserve.scheduler.store import (
-    Batch,
+from fastserve.scheduler.store import Batch, Held, Placement, Store, StoredJob
+from fastserve.scheduler.store_errors import (
+    ADVICE,
     FencedError,
-    Held,
-    Placement,
-    Store,
-    StoredJob,
     StoreLost,
     StoreUnreachable,
+    Trouble,
+    store_error,
 )
 from support.valkey import Valkey, running_valkey
 
@@ -317,8 +317,46 @@ async def test_a_full_server_is_an_error_not_a_loss_of_the_old(
     await writer.write(Batch(whole=[job("a")]))
     await redis.config_set("maxmemory", "1")
     try:
-        with pytest.raises(StoreUnreachable, match="OutOfMemory"):
+        with pytest.raises(StoreUnreachable, match="OutOfMemory") as caught:
             await writer.write(Batch(appended=[("a", [1])]))
+        assert caught.value.trouble is Trouble.OUT_OF_MEMORY
     finally:
         await redis.config_set("maxmemory", "0")
     assert await writer.store.load() == [job("a")]
+
+
+async def test_whether_jobs_may_be_evicted(store: Store, redis: Redis) -> None:
+    try:
+        assert not await store.evicts()
+        await redis.config_set("maxmemory", str(2**30))
+        assert not await store.evicts()
+        await redis.config_set("maxmemory-policy", "allkeys-lru")
+        assert await store.evicts()
+    finally:
+        await redis.config_set("maxmemory", "0")
+        await redis.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.parametrize(
+    ("error", "trouble"),
+    [
+        (exceptions.ConnectionError("refused"), Trouble.UNREACHABLE),
+        (exceptions.BusyLoadingError("loading"), Trouble.UNREACHABLE),
+        (exceptions.AuthenticationError("wrong"), Trouble.PASSWORD),
+        (exceptions.NoPermissionError("no"), Trouble.PASSWORD),
+        (exceptions.OutOfMemoryError("full"), Trouble.OUT_OF_MEMORY),
+        (exceptions.ReadOnlyError("replica"), Trouble.READ_ONLY),
+        (exceptions.ResponseError("WRONGTYPE"), Trouble.REFUSED),
+        (exceptions.ResponseError("LOST: epoch 1"), Trouble.LOST_DATA),
+        (exceptions.ResponseError("FENCED by epoch 3"), Trouble.FENCED),
+    ],
+)
+def test_what_is_wrong_is_told_apart(error: exceptions.RedisError, trouble: Trouble) -> None:
+    assert store_error(error).trouble is trouble
+    assert set(ADVICE) == set(Trouble)
+
+
+def test_an_error_while_connecting_tells_its_cause() -> None:
+    wrapped = exceptions.ConnectionError("invalid username-password pair")
+    wrapped.__cause__ = exceptions.AuthenticationError("invalid username-password pair")
+    assert store_error(wrapped).trouble is Trouble.PASSWORD

@@ -26,7 +26,8 @@ from fastserve.scheduler.lease import Term
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.snapshot import snapshot
-from fastserve.scheduler.store import FencedError, Store, StoredJob
+from fastserve.scheduler.store import Store, StoredJob
+from fastserve.scheduler.store_errors import FencedError
 from fastserve.scheduler.tracing import JobTraces
 from fastserve.scheduler.worker_link import WorkerLink
 
@@ -85,6 +86,8 @@ class Leader:
         renewal = asyncio.ensure_future(lease.keep(self._store, self._term, self.journal))
         try:
             stored = await self._store.load()
+            if await self._store.evicts():
+                log.warning("redis may evict jobs", advice="set its maxmemory-policy to noeviction")
         finally:
             renewal.cancel()
             # Fenced already: the first write will tell.
@@ -186,6 +189,7 @@ class Leader:
             running = sum(job.state is JobState.RUNNING for job in self.core.jobs())
             self._metrics.follow(self.core.counters)
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
+            self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))
             self._metrics.gateways.set(self.hub.sessions)
             await asyncio.sleep(_GAUGES_S)

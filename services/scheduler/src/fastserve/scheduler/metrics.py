@@ -65,6 +65,12 @@ class Metrics:
         self.redis_write = histogram(
             "fastserve_redis_write_seconds", "Round trips of the write script", _FAST
         )
+        self.redis_errors = counter(
+            "fastserve_redis_errors", "Round trips to Redis that failed or were slow", "kind"
+        )
+        self.redis_backlog = gauge(
+            "fastserve_redis_backlog_jobs", "Jobs whose last changes are not in Redis"
+        )
         self.durable = gauge("fastserve_durable", "1 if what gateways have seen is in Redis")
         self.leader = gauge("fastserve_leader", "1 if this process leads the shard")
         self.workers = gauge("fastserve_workers_connected", "Workers with an open stream")

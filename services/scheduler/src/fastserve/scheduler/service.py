@@ -22,7 +22,8 @@ from fastserve.scheduler.leader import Leader, core_config
 from fastserve.scheduler.lease import Term
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
-from fastserve.scheduler.store import FencedError, Store, StoreError
+from fastserve.scheduler.store import Store
+from fastserve.scheduler.store_errors import FencedError, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -75,7 +76,12 @@ class Service:
             Scheduler(core_config(settings))  # an unknown policy must show now
         except ValueError as error:
             raise StartupError(str(error)) from error
-        self._store = Store(settings.redis_url, settings.shard, settings.redis_timeout)
+        self._store = Store(
+            settings.redis_url,
+            settings.shard,
+            settings.redis_timeout,
+            on_trouble=lambda trouble: self._metrics.redis_errors.labels(trouble).inc(),
+        )
 
     @property
     def leader(self) -> Leader | None:

@@ -8,7 +8,8 @@ that Redis holds tells that Redis has lost something.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Final, cast
@@ -22,34 +23,23 @@ from redis.exceptions import RedisError
 
 from fastserve.common.errors import StartupError
 from fastserve.proto.v1.sampling_pb2 import SamplingParams
+from fastserve.scheduler.store_errors import (
+    ADVICE,
+    FencedError,
+    StoreError,
+    StoreLost,
+    StoreUnreachable,
+    Trouble,
+    store_error,
+)
 
 logger = structlog.get_logger(__name__)
 
 LEVELS: Final = 64  # of the key schema; more than any policy uses
 _SUPERSEDED: Final = -2  # renew in lease.lua
 _LOAD_CHUNK: Final = 100  # jobs read in one round trip
-
-
-class StoreError(Exception):
-    """Root of what can go wrong with Redis.
-
-    StoreError
-    ├── StoreUnreachable   it does not answer, or not in time, or refuses to work
-    ├── StoreLost          it answers, but does not hold what it once confirmed
-    └── FencedError        a newer leader took over: stop
-    """
-
-
-class StoreUnreachable(StoreError):
-    """Redis does not answer, or not in time, or refuses commands."""
-
-
-class StoreLost(StoreError):
-    """Redis came back without (all of) what it had confirmed."""
-
-
-class FencedError(StoreError):
-    """Another scheduler leads this shard now; nothing was written."""
+_SLOW_S: Final = 0.05  # of a round trip; a hundred times what it should take
+_SLOW_LOG_S: Final = 10.0  # between two lines about it
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +100,17 @@ class Held:
 class Store:
     """One shard in Redis. Calls raise `StoreError`s only."""
 
-    def __init__(self, url: str, shard: str, timeout_s: float) -> None:
-        """`timeout_s` bounds every round trip. Raises `StartupError` for a malformed URL."""
+    def __init__(
+        self,
+        url: str,
+        shard: str,
+        timeout_s: float,
+        on_trouble: Callable[[Trouble], None] = lambda _: None,
+    ) -> None:
+        """`timeout_s` bounds every round trip; `on_trouble` counts those that failed or were slow.
+
+        Raises `StartupError` for a malformed URL.
+        """
         try:
             self._redis = Redis.from_url(
                 url,
@@ -126,6 +125,8 @@ class Store:
         except ValueError as error:
             raise StartupError(f"redis URL: {error}") from error
         self._timeout_s = timeout_s
+        self._on_trouble = on_trouble
+        self._slow_told = float("-inf")
         self._base = f"fastserve:{{{shard}}}:"
         self._keys = [f"{self._base}epoch"]
         self._write = self._redis.register_script(_script("write"))
@@ -137,6 +138,11 @@ class Store:
     async def ping(self) -> None:
         """Raises `StoreUnreachable` if there is no answer."""
         await self._ask(cast(Any, self._redis.ping()))
+
+    async def evicts(self) -> bool:
+        """Whether Redis may drop jobs to make room, instead of refusing writes."""
+        info = await self._ask(cast(Any, self._redis.info("memory")))
+        return bool(info.get("maxmemory")) and info.get("maxmemory_policy") != "noeviction"
 
     async def acquire(self, owner: str, ttl_s: float) -> int | Held:
         """Take the lease if it is free: the new epoch, else who holds it."""
@@ -207,18 +213,30 @@ class Store:
         return await self._ask(script(keys=self._keys, args=args))
 
     async def _ask(self, call: Awaitable[Any]) -> Any:
+        started = time.monotonic()
+        error: StoreError
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await call
-        except TimeoutError as error:
-            raise StoreUnreachable(f"no answer within {self._timeout_s} s") from error
-        except RedisError as error:
-            message = str(error)
-            if message.startswith("FENCED"):
-                raise FencedError(message) from error
-            if message.startswith("LOST"):
-                raise StoreLost(message) from error
-            raise StoreUnreachable(f"{type(error).__name__}: {message}") from error
+                reply = await call
+        except TimeoutError:
+            error = StoreUnreachable(f"no answer within {self._timeout_s} s", Trouble.TIMEOUT)
+        except RedisError as cause:
+            error = store_error(cause)
+        else:
+            took = time.monotonic() - started
+            if took > _SLOW_S:
+                self._slow(took)
+            return reply
+        self._on_trouble(error.trouble)
+        raise error
+
+    def _slow(self, took_s: float) -> None:
+        """Count it, and say so from time to time."""
+        self._on_trouble(Trouble.SLOW)
+        now = time.monotonic()
+        if now - self._slow_told > _SLOW_LOG_S:
+            self._slow_told = now
+            logger.warning("redis is slow", took_s=round(took_s, 3), advice=ADVICE[Trouble.SLOW])
 
 
 def _script(name: str) -> str:

@@ -19,7 +19,7 @@ from fastserve.proto.v1 import worker_pb2, worker_pb2_grpc
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import Inventory, Plan, ProtocolError, WorkerInfo
 from fastserve.scheduler.metrics import Metrics
-from fastserve.scheduler.store import FencedError
+from fastserve.scheduler.store_errors import FencedError
 from fastserve.scheduler.wire import StreamCodec, inventory_of, reset_plan, worker_info
 
 log = structlog.get_logger(__name__)
