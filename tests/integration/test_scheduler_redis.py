@@ -83,26 +83,26 @@ async def test_a_full_redis(valkey: Valkey, worker: FakeWorker) -> None:
 async def test_a_slow_redis_delays_answers_and_nothing_else(
     valkey: Valkey, worker: FakeWorker
 ) -> None:
-    async with slow_redis(valkey) as slow:
-        async with (
-            running_scheduler(valkey, worker, redis_url=slow.url) as scheduler,
-            connected(scheduler.address) as gateway,
-        ):
-            view = await gateway.submit("a", seed=1, max_tokens=300)
-            await view.at_least(5)
-            with capture_logs() as logs:
-                slow.delay_s = 0.1
-                before = worker.iterations
-                await ends_well(view, 1, 300)
-            # 300 tokens at 10 writes a second would take 30 s if each waited for its own.
-            assert worker.iterations - before >= 250
-            (line,) = [entry for entry in logs if entry["event"] == "redis is slow"]
-            assert line["advice"] == ADVICE[Trouble.SLOW]
-            assert line["took_s"] >= 0.1
-            assert scheduler.metric(ERRORS, kind="slow") >= 3
-            assert scheduler.metric("fastserve_durable") == 1
-            assert scheduler.metric(ERRORS, kind="timeout") == 0
-            slow.delay_s = 0.0
+    async with (
+        slow_redis(valkey) as slow,
+        running_scheduler(valkey, worker, redis_url=slow.url) as scheduler,
+        connected(scheduler.address) as gateway,
+    ):
+        view = await gateway.submit("a", seed=1, max_tokens=300)
+        await view.at_least(5)
+        with capture_logs() as logs:
+            slow.delay_s = 0.1
+            before = worker.iterations
+            await ends_well(view, 1, 300)
+        # 300 tokens at 10 writes a second would take 30 s if each waited for its own.
+        assert worker.iterations - before >= 250
+        (line,) = [entry for entry in logs if entry["event"] == "redis is slow"]
+        assert line["advice"] == ADVICE[Trouble.SLOW]
+        assert line["took_s"] >= 0.1
+        assert scheduler.metric(ERRORS, kind="slow") >= 3
+        assert scheduler.metric("fastserve_durable") == 1
+        assert scheduler.metric(ERRORS, kind="timeout") == 0
+        slow.delay_s = 0.0
 
 
 async def test_a_password_that_changed(valkey: Valkey, worker: FakeWorker) -> None:
@@ -115,7 +115,7 @@ async def test_a_password_that_changed(valkey: Valkey, worker: FakeWorker) -> No
         await view.at_least(5)
         with capture_logs() as logs:
             await redis.config_set("requirepass", "new")
-            await redis.execute_command("AUTH", "new")
+            await redis.auth("new")
             await redis.client_kill_filter(_type="normal", skipme=True)
             await goes_on_from_memory(scheduler, view)
             await eventually(lambda: scheduler.metric(ERRORS, kind="password"), "the cause")
@@ -133,7 +133,7 @@ async def test_a_password_that_changed(valkey: Valkey, worker: FakeWorker) -> No
 async def test_a_wrong_password_at_start(valkey: Valkey, worker: FakeWorker) -> None:
     async with Redis.from_url(valkey.url) as redis:
         await redis.config_set("requirepass", "secret")
-        await redis.execute_command("AUTH", "secret")
+        await redis.auth("secret")
         with capture_logs() as logs:
             scheduler = await start_scheduler(valkey, worker, redis_url=f"{valkey.url}?password=no")
             try:
@@ -142,7 +142,7 @@ async def test_a_wrong_password_at_start(valkey: Valkey, worker: FakeWorker) -> 
                 assert line["kind"] is Trouble.PASSWORD
                 assert line["advice"] == ADVICE[Trouble.PASSWORD]
                 assert not scheduler.leads
-                await redis.execute_command("ACL", "SETUSER", "default", ">no")
+                await redis.acl_setuser("default", enabled=True, passwords="+no")
                 await scheduler.ready()  # it was waited for
             finally:
                 await scheduler.stop()
