@@ -83,7 +83,7 @@ async def test_a_stream_goes_on_after_its_gateway_was_killed(
         assert rest.ids[0] > begun.ids[-1] and rest.response_id == begun.response_id
         assert rest.usage["completion_tokens"] == TOKENS
         unknown = await client.post(
-            "/v1/completions", json=body, headers={"X-FastServe-Answer": "cmpl-" + 32 * "0"}
+            "/v1/completions", json=body, headers={"X-FastServe-Answer": "cmpl-" + 32 * "0" + "-0"}
         )
     assert unknown.status_code == 404
     assert unknown.json()["error"]["code"] == "answer_not_found"

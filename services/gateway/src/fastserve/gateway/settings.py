@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Final
 
 from pydantic import Field, SecretStr, field_validator
 
 from fastserve.common.errors import StartupError
 from fastserve.common.settings import ServiceSettings
+from fastserve.gateway.answer_ids import SHARD
+
+_SCHEDULER: Final = re.compile(rf"(?:({SHARD})=)?(.+)")
+_DEFAULT_SHARD: Final = "0"  # that of a scheduler without --shard
 
 
 class GatewaySettings(ServiceSettings):
@@ -21,7 +27,8 @@ class GatewaySettings(ServiceSettings):
     scheduler: list[str] = Field(
         default=["127.0.0.1:7070"],
         min_length=1,
-        description="gRPC address of the scheduler; repeat for standbys",
+        description="gRPC address of a scheduler, [SHARD=]ADDRESS; repeat for standbys and shards "
+        "(without a name: shard 0)",
     )
     model: Path = Field(description="folder with tokenizer.json and the chat template")
     served_model_name: str = Field(
@@ -57,6 +64,13 @@ class GatewaySettings(ServiceSettings):
         description="seconds running requests wait for a scheduler that went away",
     )
 
+    @field_validator("scheduler")
+    @classmethod
+    def _addresses(cls, addresses: list[str]) -> list[str]:
+        if not all(_SCHEDULER.fullmatch(address) for address in addresses):
+            raise ValueError("an address is empty")
+        return addresses
+
     @field_validator("api_key")
     @classmethod
     def _no_empty_key(cls, keys: list[SecretStr]) -> list[SecretStr]:
@@ -68,6 +82,15 @@ class GatewaySettings(ServiceSettings):
     def model_name(self) -> str:
         """Name of the model in requests and answers."""
         return self.served_model_name or self.model.resolve().name
+
+    def addresses(self) -> dict[str, list[str]]:
+        """Addresses of schedulers by shard."""
+        shards: dict[str, list[str]] = {}
+        for setting in self.scheduler:
+            match = _SCHEDULER.fullmatch(setting)
+            assert match is not None
+            shards.setdefault(match[1] or _DEFAULT_SHARD, []).append(match[2])
+        return shards
 
     def keys(self) -> list[str]:
         """All API keys; none: no key is asked for. Raises `StartupError`."""

@@ -75,9 +75,9 @@ class Leader:
             epoch=term.epoch,
             workers_changed=self._workers_changed,
         )
-        self.hub = GatewayHub(self.engine, self.jobs, clock, term.epoch)
+        self.hub = GatewayHub(self.engine, self.jobs, clock, settings.shard, term.epoch)
         self.links = [
-            WorkerLink(address, term.epoch, self.engine, clock, metrics)
+            WorkerLink(address, settings.shard, term.epoch, self.engine, clock, metrics)
             for address in settings.worker
         ]
 
@@ -183,16 +183,23 @@ class Leader:
             log.error("redis is away: what was not written is lost", jobs=len(self.jobs))
 
     async def _gauge(self) -> None:
-        """Set the gauges from time to time, until cancelled."""
+        """Set the gauges and tell gateways the load from time to time, until cancelled."""
         self._metrics.restart()
         while True:
-            running = sum(job.state is JobState.RUNNING for job in self.core.jobs())
+            jobs = list(self.core.jobs())
+            running = sum(job.state is JobState.RUNNING for job in jobs)
             self._metrics.follow(self.core.counters)
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
             self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))
             self._metrics.gateways.set(self.hub.sessions)
+            self.hub.announce(always=True, live_jobs=len(jobs), max_num_seqs=self._rows())
             await asyncio.sleep(_GAUGES_S)
+
+    def _rows(self) -> int:
+        """Jobs that the connected workers run at once."""
+        limits = [link.described.max_num_seqs for link in self.engine.links if link.described]
+        return sum(min(self._settings.max_num_seqs or limit, limit) for limit in limits)
 
     def _workers_changed(self) -> None:
         """Model and limits stay as they were while no worker is connected."""
@@ -218,6 +225,7 @@ class Leader:
         return snapshot(
             self.core,
             self.links,
+            shard=self._settings.shard,
             epoch=self._term.epoch,
             durable=self.journal.durable,
             uptime_s=self._clock.now() - self._started,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 _FAST: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _ITERATION: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -104,3 +106,18 @@ class Metrics:
         if model:
             self.running.labels(model, "0").set(running)
             self.waiting.labels(model, "0").set(sum(depths))
+
+
+class NamesShard(Collector):
+    """All metrics of a registry with the label `shard`, for the endpoint of the process."""
+
+    def __init__(self, registry: CollectorRegistry, shard: str) -> None:
+        self._registry = registry
+        self._shard = {"shard": shard}
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [
+                sample._replace(labels=self._shard | sample.labels) for sample in metric.samples
+            ]
+            yield metric
