@@ -63,7 +63,8 @@ class SchedulerClient:
         self._down_since = time.monotonic()
         self.welcome: scheduler_pb2.Welcome | None = None  # the last one, also while disconnected
         self.losses = 0  # streams that broke
-        self._expected = 0  # jobs sent there since the last Welcome, which counts the others
+        self._others = 0  # jobs of other gateways there, as of the last Welcome
+        self._expected = 0  # jobs that come and are not submitted yet
 
     @property
     def connected(self) -> bool:
@@ -81,14 +82,15 @@ class SchedulerClient:
 
     @property
     def load(self) -> float:
-        """Jobs of the shard for each that it runs at once, as of the last Welcome."""
-        if self.welcome is None:
-            return 0.0
-        jobs = self.welcome.live_jobs + self._expected
-        return jobs / max(1, self.welcome.max_num_seqs)
+        """Jobs of the shard for each that it runs at once.
+
+        Our own jobs are counted as they are, those of others as of the last Welcome.
+        """
+        rows = self.welcome.max_num_seqs if self.welcome is not None else 0
+        return (self._others + self.jobs + self._expected) / max(1, rows)
 
     def expect(self, jobs: int) -> None:
-        """So many jobs are about to be submitted."""
+        """So many jobs will be submitted in a moment, unless their request turns out wrong."""
         self._expected += jobs
 
     @property
@@ -113,6 +115,7 @@ class SchedulerClient:
         `wake` is set whenever there is something to take from the job. Raises `JobRefusedError`
         or `SchedulerLostError`; if the caller is cancelled, so is the job.
         """
+        self._expected = max(0, self._expected - 1)
         submit.handle = next(self._handles)
         return await self._answered(Job(submit.handle, submit.job_id, submit, wake))
 
@@ -282,7 +285,8 @@ class SchedulerClient:
                     self._rejected(job, response.rejected)
             case "welcome":
                 self.welcome = response.welcome
-                self._expected = 0
+                self._others = max(0, self.welcome.live_jobs - self.jobs)
+                self._expected = 0  # nobody says when a request turned out wrong
                 self._welcomed.set()
                 self._on_change()
 

@@ -193,13 +193,8 @@ class Leader:
             self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))
             self._metrics.gateways.set(self.hub.sessions)
-            self.hub.announce(always=True, live_jobs=len(jobs), max_num_seqs=self._rows())
+            self.hub.announce(always=True, live_jobs=len(jobs))
             await asyncio.sleep(_GAUGES_S)
-
-    def _rows(self) -> int:
-        """Jobs that the connected workers run at once."""
-        limits = [link.described.max_num_seqs for link in self.engine.links if link.described]
-        return sum(min(self._settings.max_num_seqs or limit, limit) for limit in limits)
 
     def _workers_changed(self) -> None:
         """Model and limits stay as they were while no worker is connected."""
@@ -207,9 +202,13 @@ class Leader:
         if not workers:
             self.hub.announce(ready=False)
             return
+        rows = self._settings.max_num_seqs
         self.hub.announce(
             ready=True,
             model=workers[0].model,
+            max_num_seqs=sum(
+                min(rows or worker.max_num_seqs, worker.max_num_seqs) for worker in workers
+            ),
             max_model_len=max(worker.max_model_len for worker in workers),
             max_job_tokens=max(
                 min(worker.max_model_len, worker.device_blocks * worker.block_size)

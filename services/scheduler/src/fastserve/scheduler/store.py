@@ -160,7 +160,7 @@ class Store:
         """
         seq = await self._run(self._lease, ["renew", epoch, _milliseconds(ttl_s), owner])
         if seq == _SUPERSEDED:
-            raise FencedError(f"epoch {epoch} is over")
+            raise self._counted(FencedError(f"epoch {epoch} is over"))
         return int(seq)
 
     async def release(self, epoch: int) -> None:
@@ -178,7 +178,7 @@ class Store:
         previous = -1 if resync else seq - 1
         head = [epoch, seq, previous, f"{now_unix_s:.3f}", keep_s]
         if not await self._run(self._write, [*head, *_encode(batch)]):
-            raise StoreLost(f"write {seq} is older than what Redis holds")
+            raise self._counted(StoreLost(f"write {seq} is older than what Redis holds"))
 
     async def job_ids(self) -> list[str]:
         """All jobs held, live ones first, in the order of their levels."""
@@ -214,21 +214,22 @@ class Store:
 
     async def _ask(self, call: Awaitable[Any]) -> Any:
         started = time.monotonic()
-        error: StoreError
         try:
             async with asyncio.timeout(self._timeout_s):
                 reply = await call
-        except TimeoutError:
-            error = StoreUnreachable(f"no answer within {self._timeout_s} s", Trouble.TIMEOUT)
-        except RedisError as cause:
-            error = store_error(cause)
-        else:
-            took = time.monotonic() - started
-            if took > _SLOW_S:
-                self._slow(took)
-            return reply
+        except TimeoutError as error:
+            late = StoreUnreachable(f"no answer within {self._timeout_s} s", Trouble.TIMEOUT)
+            raise self._counted(late) from error
+        except RedisError as error:
+            raise self._counted(store_error(error)) from error
+        took = time.monotonic() - started
+        if took > _SLOW_S:
+            self._slow(took)
+        return reply
+
+    def _counted(self, error: StoreError) -> StoreError:
         self._on_trouble(error.trouble)
-        raise error
+        return error
 
     def _slow(self, took_s: float) -> None:
         """Count it, and say so from time to time."""
