@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Final
 
 import structlog
@@ -83,6 +84,13 @@ class Leader:
 
     async def restore(self) -> None:
         """Take over the jobs that Redis holds. Raises `StoreError`s."""
+        gc.disable()  # all that is made now stays: to look for garbage only costs time
+        try:
+            await self._restore_all()
+        finally:
+            gc.enable()
+
+    async def _restore_all(self) -> None:
         renewal = asyncio.ensure_future(lease.keep(self._store, self._term, self.journal))
         try:
             stored = await self._store.load()

@@ -8,6 +8,7 @@ that Redis holds tells that Redis has lost something.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -254,7 +255,8 @@ def _tokens(tokens: Iterable[int]) -> str:
 
 
 def _parse_tokens(text: str) -> list[int]:
-    return [int(token) for token in text.split(",")[:-1]]
+    tokens: list[int] = json.loads(f"[{text[:-1]}]")  # half the time of int() for each
+    return tokens
 
 
 def _encode(batch: Batch) -> list[Any]:
