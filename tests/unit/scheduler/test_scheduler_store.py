@@ -260,6 +260,32 @@ async def test_epochs_grow_even_if_redis_forgot_them(store: Store, redis: Redis)
     assert second > first
 
 
+async def test_every_sampling_parameter_comes_back(writer: Writer) -> None:
+    sampling = SamplingParams(
+        temperature=0.7,
+        top_p=0.95,
+        top_k=5,
+        min_p=0.01,
+        presence_penalty=-1.5,
+        frequency_penalty=0.1,
+        repetition_penalty=1.1,
+        logit_bias_ids=[1, 2],
+        logit_bias_values=[-100.0, 0.3],
+        seed=2**63 + 1,
+        logprobs=3,
+        max_tokens=100,
+        min_tokens=2,
+        stop_token_ids=[7, 8],
+        ignore_eos=True,
+    )
+    assert {field.name for field, _ in sampling.ListFields()} == {
+        field.name for field in SamplingParams.DESCRIPTOR.fields
+    }
+    wanted = [job("all", sampling=sampling), job("none", order=4, sampling=SamplingParams())]
+    await writer.write(Batch(whole=wanted))
+    assert await writer.store.load() == wanted
+
+
 # Failures
 
 

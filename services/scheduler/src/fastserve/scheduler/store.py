@@ -38,9 +38,17 @@ logger = structlog.get_logger(__name__)
 
 LEVELS: Final = 64  # of the key schema; more than any policy uses
 _SUPERSEDED: Final = -2  # renew in lease.lua
-_LOAD_CHUNK: Final = 100  # jobs read in one round trip
+_LOAD_CHUNK: Final = 500  # jobs read in one round trip, a call of some 10 ms
 _SLOW_S: Final = 0.05  # of a round trip; a hundred times what it should take
 _SLOW_LOG_S: Final = 10.0  # between two lines about it
+
+
+# Of the hash of a job.
+_FIELDS: Final = (
+    *("tenant", "service_class", "priority", "arrival_unix_s", "deadline_unix_s", "traceparent"),
+    *("sampling", "prompt", "level", "order", "attained_s", "preemptions", "state"),
+    *("finish_reason", "error"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +139,7 @@ class Store:
         self._base = f"fastserve:{{{shard}}}:"
         self._keys = [f"{self._base}epoch"]
         self._write = self._redis.register_script(_script("write"))
+        self._read = self._redis.register_script(_script("read"))
         self._lease = self._redis.register_script(_script("lease"))
 
     async def close(self) -> None:
@@ -196,18 +205,14 @@ class Store:
         jobs: list[StoredJob] = []
         for start in range(0, len(ids), _LOAD_CHUNK):
             chunk = ids[start : start + _LOAD_CHUNK]
-            pipe = self._redis.pipeline(transaction=False)
-            for job_id in chunk:
-                pipe.hgetall(f"{self._base}job:{job_id}")
-                pipe.get(f"{self._base}log:{job_id}")
-            replies = await self._ask(pipe.execute())
-            for index, job_id in enumerate(chunk):
-                fields, log = replies[2 * index], replies[2 * index + 1]
-                if fields and log is not None:  # else it expired meanwhile
-                    try:
-                        jobs.append(_decode(job_id, fields, log))
-                    except (KeyError, ValueError, json_format.ParseError) as error:
-                        logger.error("job in redis is unreadable", job=job_id, reason=repr(error))
+            replies = await self._run(self._read, [len(_FIELDS), *_FIELDS, *chunk])
+            for job_id, (*values, log) in zip(chunk, replies, strict=True):
+                if log is None or values[0] is None:
+                    continue  # it expired meanwhile
+                try:
+                    jobs.append(_decode(job_id, dict(zip(_FIELDS, values, strict=True)), log))
+                except (TypeError, ValueError) as error:
+                    logger.error("job in redis is unreadable", job=job_id, reason=repr(error))
         return jobs
 
     async def _run(self, script: Any, args: Sequence[Any]) -> Any:
@@ -259,6 +264,12 @@ def _parse_tokens(text: str) -> list[int]:
     return tokens
 
 
+def _parse_sampling(text: str) -> SamplingParams:
+    """As `json_format.Parse`, in a tenth of the time."""
+    values = json.loads(text)
+    return SamplingParams(**{**values, "seed": int(values.get("seed", 0))})  # 64 bits: a string
+
+
 def _encode(batch: Batch) -> list[Any]:
     """Arguments 6 and up of write.lua."""
     appended = "".join([f"{job_id} {_tokens(new)}\n" for job_id, new in batch.appended])
@@ -305,7 +316,7 @@ def _decode(job_id: str, fields: Mapping[str, str], log: str) -> StoredJob:
         deadline_unix_s=float(fields["deadline_unix_s"]),
         traceparent=fields["traceparent"],
         prompt=_parse_tokens(fields["prompt"]),
-        sampling=json_format.Parse(fields["sampling"], SamplingParams()),
+        sampling=_parse_sampling(fields["sampling"]),
         level=int(fields["level"]),
         order=int(fields["order"]),
         attained_s=float(fields["attained_s"]),
