@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 
 import pytest
+from redis.asyncio import Redis
 
 from fastserve.proto.v1.sampling_pb2 import SamplingParams
 from fastserve.scheduler import lease
@@ -274,6 +275,29 @@ async def test_an_idle_leader_notices_that_redis_lost_its_data(bench: Bench) -> 
     await bench.check_redis()
     assert record.visible == 0
     keeping.cancel()
+
+
+async def test_a_standby_lets_the_leader_repair_what_redis_lost(bench: Bench) -> None:
+    ttl_s = 0.8
+    standing_by = Store(bench.valkey.url, "s", TIMEOUT_S)
+    winning = asyncio.ensure_future(lease.win(standing_by, "you", ttl_s, lambda: None))
+    keeping = asyncio.ensure_future(
+        lease.keep(bench.store, Term(bench.term.epoch, "me", ttl_s), bench.journal)
+    )
+    bench.submit("a")
+    await bench.journal.flush()
+    async with Redis.from_url(bench.valkey.url) as redis:
+        for _ in range(3):
+            losses = bench.journal.losses
+            await redis.flushall()
+            await eventually(lambda: bench.journal.losses > losses and bench.journal.durable)  # noqa: B023
+            assert not winning.done() and not keeping.done()
+    await bench.check_redis()
+    keeping.cancel()
+    await bench.store.release(bench.term.epoch)
+    term = await asyncio.wait_for(winning, 5)
+    assert term.epoch > bench.term.epoch
+    await standing_by.close()
 
 
 async def test_a_stale_leader_is_fenced(bench: Bench) -> None:

@@ -1,9 +1,9 @@
 """Who leads the shard: a lease in Redis with a fencing epoch that every write checks.
 
-A leader that cannot reach Redis serves on from memory. If Redis is down, nobody can take its place,
-and when Redis returns, whoever waited lets one lease time pass before it asks, so that a leader
-with jobs in memory keeps the lease. If only the leader is cut off, its workers leave it as soon as
-they hear the next leader's epoch.
+A leader that cannot reach Redis serves on from memory. If Redis is down, nobody can take its place.
+When it returns, or has lost its data, whoever waits lets one lease time pass before it asks, so
+that a leader with jobs in memory keeps the lease. If only the leader is cut off, its workers leave
+it as soon as they hear the next leader's epoch.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ async def win(store: Store, owner: str, ttl_s: float, answered: Callable[[], Non
     order.
     """
     leader = ""
+    seen = 0  # its epoch
     trouble: Trouble | None = None
     while True:
         try:
             if trouble is not None:
                 await store.ping()
                 await asyncio.sleep(ttl_s)
-            grant = await store.acquire(owner, ttl_s)
+                seen = 0
+            grant = await store.acquire(owner, ttl_s, seen)
         except StoreError as error:
             if error.trouble is not trouble:
                 trouble = error.trouble
@@ -73,6 +75,7 @@ async def win(store: Store, owner: str, ttl_s: float, answered: Callable[[], Non
         if not isinstance(grant, Held):
             log.info("leading", epoch=grant, owner=owner)
             return Term(grant, owner, ttl_s)
+        seen = grant.epoch
         if grant.owner != leader:
             log.info("standby: another scheduler leads this shard", leader=grant.owner)
             leader = grant.owner

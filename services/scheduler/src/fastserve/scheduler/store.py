@@ -102,6 +102,7 @@ class Batch:
 class Held:
     """The lease is another's."""
 
+    epoch: int
     owner: str
     remaining_s: float
 
@@ -154,14 +155,18 @@ class Store:
         info = await self._ask(cast(Any, self._redis.info("memory")))
         return bool(info.get("maxmemory")) and info.get("maxmemory_policy") != "noeviction"
 
-    async def acquire(self, owner: str, ttl_s: float) -> int | Held:
-        """Take the lease if it is free: the new epoch, else who holds it."""
+    async def acquire(self, owner: str, ttl_s: float, seen: int = 0) -> int | Held:
+        """Take the lease if it is free: the new epoch, else who holds it.
+
+        Raises `StoreLost` if it is free because Redis has lost epoch `seen`.
+        """
         epoch, left_ms, held = await self._run(
-            self._lease, ["acquire", owner, _milliseconds(ttl_s)]
+            self._lease, ["acquire", owner, _milliseconds(ttl_s), seen]
         )
         if epoch:
             return int(epoch)
-        return Held(held.partition(" ")[2], max(0, left_ms) / 1e3)
+        held_epoch, _, leader = held.partition(" ")
+        return Held(int(held_epoch), leader, max(0, left_ms) / 1e3)
 
     async def renew(self, epoch: int, owner: str, ttl_s: float) -> int:
         """Keep the lease; the number of the last write that Redis holds, -1 if it forgot us.
