@@ -12,6 +12,8 @@ from support.deployment import Deployment, deployment
 from support.streams import TIMEOUT, Answer, body_of, stream
 from support.waiting import eventually
 
+pytestmark = pytest.mark.timeout(300)  # the first test starts everything
+
 TOKENS = 70
 # One row and room for one and a half jobs: the two answers take turns, and their KV moves.
 FLAGS = ("--kv-blocks", "9", "--max-num-seqs", "1", "--host-kv-blocks", "40")
