@@ -9,7 +9,7 @@ MUTANTS ?= 120
 MUTATED ?= core\.(planner|kv_planner|reports|group|run_queue|draft|policies)
 STAMP := $(VENV)/.fastserve-installed
 
-.PHONY: help setup run test test-all mutation lint format proto bench-scheduler clean
+.PHONY: help setup run test test-all mutation lint format proto bench-scheduler bench-redis clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ proto: setup ## Generate the gRPC code from proto/fastserve/v1
 
 bench-scheduler: setup ## Time plans, reports and submissions of the scheduler's core
 	@$(BIN)/python -m fastserve.bench.scheduler_speed
+
+bench-redis: setup ## Time the write of an iteration to Redis, and the recovery of 10,000 jobs
+	@$(BIN)/python -m fastserve.bench.redis_speed
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -90,21 +90,21 @@ async def test_choices_go_on_separately(stack: Stack) -> None:
 @pytest.mark.parametrize(
     ("headers", "change", "status", "param"),
     [
-        ({"X-FastServe-Answer": "cmpl-" + "0" * 32}, {}, 404, None),
+        ({"X-FastServe-Answer": "cmpl-" + "0" * 32 + "-0"}, {}, 404, None),
         ({"X-FastServe-Answer": "../../etc"}, {}, 400, "x-fastserve-answer"),
         (
-            {"X-FastServe-Answer": "cmpl-" + "0" * 32, "Last-Event-ID": "1,2"},
+            {"X-FastServe-Answer": "cmpl-" + "0" * 32 + "-0", "Last-Event-ID": "1,2"},
             {},
             400,
             "last-event-id",
         ),
         (
-            {"X-FastServe-Answer": "cmpl-" + "0" * 32, "Last-Event-ID": "x"},
+            {"X-FastServe-Answer": "cmpl-" + "0" * 32 + "-0", "Last-Event-ID": "x"},
             {},
             400,
             "last-event-id",
         ),
-        ({"X-FastServe-Answer": "cmpl-" + "0" * 32}, {"stream": False}, 400, "stream"),
+        ({"X-FastServe-Answer": "cmpl-" + "0" * 32 + "-0"}, {"stream": False}, 400, "stream"),
     ],
 )
 async def test_what_cannot_be_gone_on_with(

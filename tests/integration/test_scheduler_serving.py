@@ -97,6 +97,17 @@ async def test_welcome_tells_model_and_limits(gateway: GatewayClient) -> None:
     assert (welcome.ready, welcome.durable, welcome.model) == (True, True, "fake")
     assert (welcome.max_model_len, welcome.max_job_tokens) == (2048, 2048)
     assert welcome.epoch > 0
+    assert (welcome.shard, welcome.max_num_seqs) == ("0", 8)
+
+
+async def test_welcome_tells_the_load(gateway: GatewayClient, worker: FakeWorker) -> None:
+    worker.gate.close()
+    views = [await gateway.submit(f"j{number}") for number in range(3)]
+    await eventually(lambda: gateway.welcome.live_jobs == 3)
+    worker.gate.open()
+    for view in views:
+        await view.finished()
+    await eventually(lambda: gateway.welcome.live_jobs == 0)
 
 
 # Durability
@@ -355,6 +366,7 @@ async def test_snapshot(
     snapshot = await scheduler.snapshot()
     assert snapshot.epoch == gateway.welcome.epoch
     assert (snapshot.policy, snapshot.durable) == ("skip-join-mlfq", True)
+    assert snapshot.shard == "0"
     (state,) = snapshot.workers
     assert (state.worker_id, state.connected, state.device_blocks) == ("w0", True, 512)
     (job,) = snapshot.jobs

@@ -297,6 +297,18 @@ async def test_a_lower_epoch_is_refused_and_a_higher_one_takes_over(pod: Pod) ->
     await refused(5, pod, grpc.StatusCode.FAILED_PRECONDITION, "epoch 6 is served already")
 
 
+async def test_a_scheduler_of_another_shard_is_refused_whatever_its_epoch(pod: Pod) -> None:
+    async with worker_driver(pod.address, epoch=5, shard="a") as driver:
+        job = driver.job("a", PROMPT)
+        with pytest.raises(grpc.aio.AioRpcError, match="belongs to shard 'a', not 'b'") as caught:
+            async with worker_driver(pod.address, epoch=6, shard="b"):
+                pass
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        await driver.generate(job, 3)
+    async with worker_driver(pod.address, epoch=5, shard="a") as driver:
+        assert driver.held
+
+
 async def test_of_several_schedulers_that_wait_the_last_is_served(pod: Pod) -> None:
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(worker_driver(pod.address, epoch=1))
@@ -315,6 +327,7 @@ async def test_of_several_schedulers_that_wait_the_last_is_served(pod: Pod) -> N
         ({"op_ids": [1]}, "op_ids, ops and op_handles differ in length"),
         ({"row_handles": [1, 1], "row_tokens": [1, 1]}, "a job has two rows"),
         ({"plan_id": 1}, "plan 1 after plan 1"),
+        ({"scheduler_epoch": 0}, "epoch 0 on a stream of epoch"),
         ({"op_ids": [1], "ops": [0], "op_handles": [1]}, "unknown KV operation 0"),
         ({"new_jobs": [worker_pb2.Job(job_id="a", prompt_len=1)]}, "prompt_len exceeds its tokens"),
         (

@@ -52,6 +52,11 @@ class Deployment:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
+    def leader(self) -> str:
+        """The scheduler that leads."""
+        names = (name for name in self.state["services"] if name.startswith("scheduler"))
+        return str(next(name for name in names if self.metric(name, "fastserve_leader")))
+
     def kill(self, name: str) -> None:
         """SIGKILL a service; it is restarted after a moment."""
         os.kill(self.service(name)["pid"], signal.SIGKILL)

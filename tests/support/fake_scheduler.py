@@ -117,6 +117,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             max_model_len=MAX_JOB_TOKENS if self.ready else 0,
             max_job_tokens=MAX_JOB_TOKENS if self.ready else 0,
             durable=True,
+            shard="0",
         )
 
     async def _again(self, stream: _Stream, handle: int, job_id: str) -> None:
@@ -249,7 +250,7 @@ async def running_gateway(
         http.base_url = httpx.URL(stack.url)
         try:
             if connect:
-                await eventually(lambda: service.client.connected or stack.task.done())
+                await eventually(lambda: service.shards.connected or stack.task.done())
             yield stack
         finally:
             stack.stop.set()

@@ -144,6 +144,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.plans: list[worker_pb2.Plan] = []
         self.iterations = 0
         self.streams = 0
+        self.shard: str | None = None  # of the first scheduler
         self.prefilled: dict[str, int] = {}  # prompt and recomputed tokens processed, by job
         self.fail_next: dict[str, str] = {}  # job id -> how it fails in the next iteration
         self._iteration_s = iteration_s
@@ -208,6 +209,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             return
         if not first.plan.reset or first.plan.row_handles or not first.plan.plan_id:
             self.violations.append("a stream must open with a reset plan without rows")
+        if self.shard not in (None, first.plan.shard):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"belongs to {self.shard}")
+        self.shard = first.plan.shard
         if first.plan.scheduler_epoch < self._seen_epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "a newer scheduler is here")
         if self._stream is not None:
@@ -230,7 +234,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             results = await asyncio.gather(*tasks, return_exceptions=True)
             if self._stream is stream:
                 self._stream = None
-        self.violations += [repr(result) for result in results if isinstance(result, KeyError)]
+        if not stream.ended.is_set():  # else jobs may have been taken away under it
+            self.violations += [repr(error) for error in results if isinstance(error, KeyError)]
         if stream.ended.is_set():
             await context.abort(*stream.refusal)
 

@@ -41,9 +41,11 @@ class WorkerDriver:
         call: Any,
         scheduler_epoch: int,
         output: dict[str, list[int]],
+        shard: str,
     ) -> None:
         self._call = call
         self._epoch = scheduler_epoch
+        self._shard = shard
         self._plan_id = 0
         self._op_id = 0
         self._handles: dict[str, int] = {}
@@ -61,7 +63,7 @@ class WorkerDriver:
 
         Raises `grpc.aio.AioRpcError` if the worker refuses the stream.
         """
-        await self.send(reset=True)
+        await self.send(reset=True, shard=self._shard)
         response = await asyncio.wait_for(self._call.read(), 20)
         assert response, "the worker ended the stream"
         first = response.report.inventory
@@ -196,12 +198,12 @@ class WorkerDriver:
 
 @contextlib.asynccontextmanager
 async def worker_driver(
-    address: str, epoch: int = 1, output: dict[str, list[int]] | None = None
+    address: str, epoch: int = 1, output: dict[str, list[int]] | None = None, shard: str = "0"
 ) -> AsyncIterator[WorkerDriver]:
     """A stream that is open and has its inventory."""
     async with channel(address) as connection:
         stub = worker_pb2_grpc.WorkerServiceStub(connection)
-        driver = WorkerDriver(stub.Run(), epoch, output if output is not None else {})
+        driver = WorkerDriver(stub.Run(), epoch, output if output is not None else {}, shard)
         try:
             await driver.open()
             yield driver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -21,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from typer.testing import CliRunner
 
 from fastserve.cli.errors import CliError
@@ -380,3 +382,23 @@ def test_up_in_the_background_and_down(place: Place, default_model_folder: Path)
     assert "> Explain in" in log and "no demo" not in log  # it has the key, too
     place.assert_nothing_left()
     assert run("status", *here).returncode == 3
+
+
+def test_status_asks_the_scheduler_that_leads(tmp_path: Path) -> None:
+    services = {}
+    with contextlib.ExitStack() as stack:
+        for name, leads in (("scheduler", 0), ("scheduler-2", 1), ("scheduler-3", 0)):
+            registry = CollectorRegistry()
+            Gauge("fastserve_leader", "", ["shard"], registry=registry).labels("0").set(leads)
+            Gauge("fastserve_durable", "", ["shard"], registry=registry).labels("0").set(leads)
+            server, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
+            stack.callback(thread.join, 10)
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            url = f"http://127.0.0.1:{server.server_port}/metrics"
+            services[name] = {"state": "ready", "pid": 7, "restarts": 0, "metrics": url}
+        StateFolder(tmp_path).write(
+            {"url": "http://h:1", "ready": True, "model": "m", "services": services}
+        )
+        found = json.loads(invoke("status", "--json", "--state-dir", str(tmp_path)).output)
+    assert found["queue"] == {"durable": 1.0}

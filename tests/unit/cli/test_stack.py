@@ -221,6 +221,20 @@ def test_services_start_after_what_they_need() -> None:
     assert [name for name, spec in specs.items() if spec.once] == ["model"]
 
 
+def test_standbys_have_sockets_of_their_own_and_the_gateway_knows_them_all() -> None:
+    options = Options(scheduler_replicas=3)
+    names = ["scheduler", "scheduler-2", "scheduler-3"]
+    assert [name for name in _specs(options) if name.startswith("scheduler")] == names
+    listens = [_flags(_argv(name, options))["listen"] for name in names]
+    assert len(set(listens)) == 3
+    told = [word for word in _argv("gateway", options) if word.startswith("--scheduler=")]
+    assert told == [f"--scheduler={address}" for address in listens]
+    assert set(names) <= set(_specs(options)["gateway"].needs)
+    assert all("fastserve.scheduler" in _argv(name, options) for name in names)
+    again = _argv("scheduler-2", options, {"scheduler-2": {"metrics_port": 9}})
+    assert _flags(again)["metrics-port"] == "9"
+
+
 def test_a_given_redis_replaces_the_embedded_valkey() -> None:
     options = Options(redis_url="redis://db:6379/1")
     specs = _specs(options)

@@ -88,3 +88,8 @@ def test_secrets_are_masked_in_the_effective_settings() -> None:
     assert "sk-one" not in text
     assert "hunter2" not in text
     assert "redis://user:***@host:1/0" in text
+
+
+def test_a_password_in_the_query_of_a_url_is_masked() -> None:
+    settings = load("--model", "m", "--redis-url", "unix:///run/redis.sock?db=1&password=hunter2")
+    assert settings.effective()["redis_url"] == "unix:///run/redis.sock?db=1&password=***"

@@ -44,7 +44,7 @@ class Session:
         await self._context.write(scheduler_pb2.ServeResponse(**message))
 
     async def welcome(self, **fields: Any) -> None:
-        await self.send(welcome=scheduler_pb2.Welcome(epoch=1, **fields))
+        await self.send(welcome=scheduler_pb2.Welcome(**{"epoch": 1, "shard": "0", **fields}))
 
     async def accept(self, handle: int) -> None:
         await self.send(accepted=scheduler_pb2.Accepted(handle=handle))
@@ -128,6 +128,7 @@ async def running_client(
 ) -> AsyncIterator[SchedulerClient]:
     """A client that connects, until the block ends."""
     client = SchedulerClient(
+        "0",
         addresses,
         "gateway-1",
         answer_timeout_s=answer_timeout_s,

@@ -44,6 +44,16 @@ def test_every_flag_is_read(tmp_path: Path) -> None:
     assert (settings.scheduler_timeout, settings.reattach_timeout) == (0, 0)
 
 
+def test_schedulers_by_shard() -> None:
+    assert load().addresses() == {"0": ["127.0.0.1:7070"]}
+    names = ("blue=a:1", "b:2", "blue=unix:/run/x=y", "unix:/run/x=y")
+    settings = load(*(f"--scheduler={name}" for name in names))
+    assert settings.addresses() == {
+        "blue": ["a:1", "unix:/run/x=y"],
+        "0": ["b:2", "unix:/run/x=y"],
+    }
+
+
 def test_several_values_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTSERVE_SCHEDULER", '["a:1", "b:2"]')
     monkeypatch.setenv("FASTSERVE_API_KEY", '["secret"]')
@@ -65,6 +75,7 @@ def test_several_values_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         (["--scheduler-timeout", "-1"], "scheduler_timeout"),
         (["--reattach-timeout", "-1"], "reattach_timeout"),
         (["--api-key", " "], "api_key"),
+        (["--scheduler", ""], "scheduler"),
     ],
 )
 def test_wrong_settings_are_named(flags: list[str], named: str) -> None:

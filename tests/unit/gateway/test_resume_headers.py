@@ -10,7 +10,7 @@ from fastserve.gateway.schemas import CompletionRequest
 
 STREAM = CompletionRequest.model_validate({"model": "m", "prompt": "Once", "stream": True})
 WHOLE = CompletionRequest.model_validate({"model": "m", "prompt": "Once"})
-ANSWER = "chatcmpl-" + "0a" * 16
+ANSWER = "chatcmpl-" + "0a" * 16 + "-blue.1"
 
 
 def resume_headers(last: str | None, answer: str = ANSWER) -> dict[str, str]:
@@ -39,7 +39,7 @@ def test_a_request_without_an_answer_is_a_new_one() -> None:
         ],
         *[
             (resume_headers("4,5", answer), ANSWER_HEADER)
-            for answer in ("", "chatcmpl", ANSWER[:-1], f"{ANSWER}0", ANSWER.upper(), f"{ANSWER}\n")
+            for answer in ("", "chatcmpl", ANSWER[:41], f"{ANSWER}/", ANSWER.upper(), f"{ANSWER}\n")
         ],
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 
 import pytest
+from redis.asyncio import Redis
 
 from fastserve.proto.v1.sampling_pb2 import SamplingParams
 from fastserve.scheduler import lease
@@ -16,7 +17,8 @@ from fastserve.scheduler.core import FinishReason, Job, JobSpec
 from fastserve.scheduler.durability import Journal, stored
 from fastserve.scheduler.jobs import End, JobRecord, JobTable
 from fastserve.scheduler.lease import Term
-from fastserve.scheduler.store import FencedError, Store
+from fastserve.scheduler.store import Store
+from fastserve.scheduler.store_errors import FencedError
 from support.valkey import Valkey, running_valkey
 from support.waiting import eventually
 
@@ -223,6 +225,29 @@ async def test_an_outage_costs_no_memory_beyond_the_jobs(bench: Bench) -> None:
     await bench.check_redis()
 
 
+async def test_jobs_that_come_and_go_in_an_outage_leave_nothing(bench: Bench) -> None:
+    stays = bench.submit("stays")
+    await bench.journal.flush()
+    bench.valkey.stop()
+    bench.iterate(stays)
+    await eventually(lambda: not bench.journal.durable)
+    for number in range(200):
+        record = bench.submit(f"j{number}")
+        bench.iterate(stays, record)
+        record.end = End(FinishReason.STOP, "")
+        bench.journal.mark(record)
+        bench.journal.commit()
+        bench.jobs.retire(record, now=0.0)
+        bench.jobs.forget_ended(now=1000.0)
+        await asyncio.sleep(0.002)  # tries to reach Redis happen in between
+    assert bench.journal.backlog == 1
+    assert len(bench.journal._dirty) <= 1
+    bench.valkey.start()
+    await eventually(lambda: bench.journal.durable)
+    await bench.journal.flush()
+    await bench.check_redis()
+
+
 async def test_a_long_history_is_written_in_pieces(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +275,29 @@ async def test_an_idle_leader_notices_that_redis_lost_its_data(bench: Bench) -> 
     await bench.check_redis()
     assert record.visible == 0
     keeping.cancel()
+
+
+async def test_a_standby_lets_the_leader_repair_what_redis_lost(bench: Bench) -> None:
+    ttl_s = 0.8
+    standing_by = Store(bench.valkey.url, "s", TIMEOUT_S)
+    winning = asyncio.ensure_future(lease.win(standing_by, "you", ttl_s, lambda: None))
+    keeping = asyncio.ensure_future(
+        lease.keep(bench.store, Term(bench.term.epoch, "me", ttl_s), bench.journal)
+    )
+    bench.submit("a")
+    await bench.journal.flush()
+    async with Redis.from_url(bench.valkey.url) as redis:
+        for _ in range(3):
+            losses = bench.journal.losses
+            await redis.flushall()
+            await eventually(lambda: bench.journal.losses > losses and bench.journal.durable)  # noqa: B023
+            assert not winning.done() and not keeping.done()
+    await bench.check_redis()
+    keeping.cancel()
+    await bench.store.release(bench.term.epoch)
+    term = await asyncio.wait_for(winning, 5)
+    assert term.epoch > bench.term.epoch
+    await standing_by.close()
 
 
 async def test_a_stale_leader_is_fenced(bench: Bench) -> None:

@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis import exceptions
 from redis.asyncio import Redis
 
 from fastserve.common.errors import StartupError
 from fastserve.proto.v1.sampling_pb2 import SamplingParams
-from fastserve.scheduler.store import (
-    Batch,
+from fastserve.scheduler.store import Held, Store
+from fastserve.scheduler.store_errors import (
+    ADVICE,
     FencedError,
-    Held,
-    Placement,
-    Store,
-    StoredJob,
     StoreLost,
     StoreUnreachable,
+    Trouble,
+    store_error,
 )
+from fastserve.scheduler.stored import Batch, Placement, StoredJob
 from support.valkey import Valkey, running_valkey
 
 TTL = 60.0
@@ -262,6 +263,32 @@ async def test_epochs_grow_even_if_redis_forgot_them(store: Store, redis: Redis)
     assert second > first
 
 
+async def test_every_sampling_parameter_comes_back(writer: Writer) -> None:
+    sampling = SamplingParams(
+        temperature=0.7,
+        top_p=0.95,
+        top_k=5,
+        min_p=0.01,
+        presence_penalty=-1.5,
+        frequency_penalty=0.1,
+        repetition_penalty=1.1,
+        logit_bias_ids=[1, 2],
+        logit_bias_values=[-100.0, 0.3],
+        seed=2**63 + 1,
+        logprobs=3,
+        max_tokens=100,
+        min_tokens=2,
+        stop_token_ids=[7, 8],
+        ignore_eos=True,
+    )
+    assert {field.name for field, _ in sampling.ListFields()} == {
+        field.name for field in SamplingParams.DESCRIPTOR.fields
+    }
+    wanted = [job("all", sampling=sampling), job("none", order=4, sampling=SamplingParams())]
+    await writer.write(Batch(whole=wanted))
+    assert await writer.store.load() == wanted
+
+
 # Failures
 
 
@@ -319,8 +346,46 @@ async def test_a_full_server_is_an_error_not_a_loss_of_the_old(
     await writer.write(Batch(whole=[job("a")]))
     await redis.config_set("maxmemory", "1")
     try:
-        with pytest.raises(StoreUnreachable, match="OutOfMemory"):
+        with pytest.raises(StoreUnreachable, match="OutOfMemory") as caught:
             await writer.write(Batch(appended=[("a", [1])]))
+        assert caught.value.trouble is Trouble.OUT_OF_MEMORY
     finally:
         await redis.config_set("maxmemory", "0")
     assert await writer.store.load() == [job("a")]
+
+
+async def test_whether_jobs_may_be_evicted(store: Store, redis: Redis) -> None:
+    try:
+        assert not await store.evicts()
+        await redis.config_set("maxmemory", str(2**30))
+        assert not await store.evicts()
+        await redis.config_set("maxmemory-policy", "allkeys-lru")
+        assert await store.evicts()
+    finally:
+        await redis.config_set("maxmemory", "0")
+        await redis.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.parametrize(
+    ("error", "trouble"),
+    [
+        (exceptions.ConnectionError("refused"), Trouble.UNREACHABLE),
+        (exceptions.BusyLoadingError("loading"), Trouble.UNREACHABLE),
+        (exceptions.AuthenticationError("wrong"), Trouble.PASSWORD),
+        (exceptions.NoPermissionError("no"), Trouble.PASSWORD),
+        (exceptions.OutOfMemoryError("full"), Trouble.OUT_OF_MEMORY),
+        (exceptions.ReadOnlyError("replica"), Trouble.READ_ONLY),
+        (exceptions.ResponseError("WRONGTYPE"), Trouble.REFUSED),
+        (exceptions.ResponseError("LOST: epoch 1"), Trouble.LOST_DATA),
+        (exceptions.ResponseError("FENCED by epoch 3"), Trouble.FENCED),
+    ],
+)
+def test_what_is_wrong_is_told_apart(error: exceptions.RedisError, trouble: Trouble) -> None:
+    assert store_error(error).trouble is trouble
+    assert set(ADVICE) == set(Trouble)
+
+
+def test_an_error_while_connecting_tells_its_cause() -> None:
+    wrapped = exceptions.ConnectionError("invalid username-password pair")
+    wrapped.__cause__ = exceptions.AuthenticationError("invalid username-password pair")
+    assert store_error(wrapped).trouble is Trouble.PASSWORD

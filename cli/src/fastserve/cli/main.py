@@ -139,6 +139,12 @@ def up(
     max_num_queued_reqs: Annotated[
         int | None, typer.Option(help="Waiting jobs before 429.", rich_help_panel=_SIZES)
     ] = None,
+    scheduler_replicas: Annotated[
+        int,
+        typer.Option(
+            help="Schedulers: one leads, the others stand by.", min=1, rich_help_panel=_SIZES
+        ),
+    ] = 1,
     max_model_len: Annotated[
         int | None, typer.Option(help="Most tokens of a request.", rich_help_panel=_SIZES)
     ] = None,
@@ -190,6 +196,7 @@ def up(
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_queued_reqs=max_num_queued_reqs,
         starvation_threshold=starvation_threshold,
+        scheduler_replicas=scheduler_replicas,
         max_model_len=max_model_len,
         block_size=block_size,
         kv_blocks=kv_blocks,

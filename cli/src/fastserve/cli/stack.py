@@ -1,6 +1,6 @@
 """The processes of a deployment on one machine, and how they find each other.
 
-valkey ──▶ scheduler ──▶ gateway          everything inside talks over Unix sockets in a
+valkey ──▶ schedulers ─▶ gateway          everything inside talks over Unix sockets in a
 kv-offload ──▶ worker                     private folder, so that a restart keeps addresses
 model ──▶ worker, gateway                 (a task: checks and converts the model)
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +46,7 @@ class Options:
     max_num_batched_tokens: int | None = None
     max_num_queued_reqs: int | None = None
     starvation_threshold: float | None = None
+    scheduler_replicas: int = 1
     max_model_len: int | None = None
     block_size: int | None = None
     kv_blocks: int | None = None
@@ -127,9 +129,15 @@ def specs(options: Options, run: Path) -> list[Spec]:
             **level,
         )
 
-    def scheduler(known: Known) -> Sequence[str]:
-        return _service("scheduler", run, known) + flags(
-            listen=f"unix:{run}/scheduler.sock",
+    # The first to find the lease free leads; the others stand by.
+    schedulers = [
+        "scheduler",
+        *(f"scheduler-{at}" for at in range(2, options.scheduler_replicas + 1)),
+    ]
+
+    def scheduler(known: Known, name: str) -> Sequence[str]:
+        return _service("scheduler", run, known, name=name) + flags(
+            listen=f"unix:{run}/{name}.sock",
             worker=f"unix:{run}/worker.sock",
             redis_url=redis_url,
             policy=options.policy,
@@ -145,14 +153,17 @@ def specs(options: Options, run: Path) -> list[Spec]:
         )
 
     def gateway(known: Known) -> Sequence[str]:
-        return _service("gateway", run, known, metrics=False) + flags(
-            host=options.host,
-            port=known["gateway"].get("port", options.port),
-            scheduler=f"unix:{run}/scheduler.sock",
-            model=known["model"]["output"],
-            served_model_name=options.model_name,
-            api_key_file=options.api_key_file and options.api_key_file.absolute(),
-            **level,
+        return (
+            _service("gateway", run, known, metrics=False)
+            + flags(
+                host=options.host,
+                port=known["gateway"].get("port", options.port),
+                model=known["model"]["output"],
+                served_model_name=options.model_name,
+                api_key_file=options.api_key_file and options.api_key_file.absolute(),
+                **level,
+            )
+            + [f"--scheduler=unix:{run}/{name}.sock" for name in schedulers]
         )
 
     def told(name: str) -> dict[str, Any]:
@@ -167,8 +178,11 @@ def specs(options: Options, run: Path) -> list[Spec]:
         Spec("kv-offload", kv_offload, **told("kv-offload")),
         Spec("model", model, lambda: None, once=True),
         Spec("worker", worker, needs=("kv-offload", "model"), **told("worker")),
-        Spec("scheduler", scheduler, needs=needs_redis, **told("scheduler")),
-        Spec("gateway", gateway, needs=("model", "scheduler"), **told("gateway")),
+        *(
+            Spec(name, partial(scheduler, name=name), needs=needs_redis, **told(name))
+            for name in schedulers
+        ),
+        Spec("gateway", gateway, needs=("model", *schedulers), **told("gateway")),
     ]
 
 
@@ -176,8 +190,12 @@ def _ready_path(run: Path, name: str) -> Path:
     return run / f"{name}.ready"
 
 
-def _service(name: str, run: Path, known: Known, *, metrics: bool = True) -> list[str]:
-    module = f"fastserve.{name.replace('-', '_')}"
+def _service(
+    service: str, run: Path, known: Known, *, name: str | None = None, metrics: bool = True
+) -> list[str]:
+    """`name`: of this replica, if there are several."""
+    name = name or service
+    module = f"fastserve.{service.replace('-', '_')}"
     argv = [sys.executable, "-m", module, f"--ready-file={_ready_path(run, name)}"]
     port = known.get(name, {}).get("metrics_port")  # the same as in its last life
     return argv + flags(metrics_port=port) if metrics else argv

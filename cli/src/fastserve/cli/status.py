@@ -14,16 +14,23 @@ _GAUGES = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
     "fastserve_durable": "durable",
+    "fastserve_leader": "leader",
 }
 
 
 def collect(folder: StateFolder) -> dict[str, Any]:
-    """State file and the scheduler's gauges in one; {"running": False} if nothing runs."""
+    """State file and the leading scheduler's gauges in one; {"running": False} if nothing runs."""
     state = folder.read()
     if state is None:
         return {"running": False}
-    metrics_url = state["services"]["scheduler"]["metrics"]
-    return {"running": True, **state, "queue": _queue(metrics_url) if metrics_url else None}
+    schedulers = [
+        service["metrics"]
+        for name, service in state["services"].items()
+        if name.startswith("scheduler") and service["metrics"]
+    ]
+    queues = (_queue(url) for url in schedulers)
+    leading = (queue for queue in queues if queue is not None and queue.pop("leader", 0))
+    return {"running": True, **state, "queue": next(leading, None)}
 
 
 def _queue(url: str) -> dict[str, float] | None:

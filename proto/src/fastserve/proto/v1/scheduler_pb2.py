@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fastserve.proto.v1 import sampling_pb2 as fastserve_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61stserve/v1/scheduler.proto\x12\x0c\x66\x61stserve.v1\x1a\x1b\x66\x61stserve/v1/sampling.proto\"\xb7\x01\n\x0cServeRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.fastserve.v1.HelloH\x00\x12&\n\x06submit\x18\x02 \x01(\x0b\x32\x14.fastserve.v1.SubmitH\x00\x12&\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x14.fastserve.v1.CancelH\x00\x12&\n\x06\x61ttach\x18\x04 \x01(\x0b\x32\x14.fastserve.v1.AttachH\x00\x42\t\n\x07message\"\xc8\x01\n\rServeResponse\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x15.fastserve.v1.WelcomeH\x00\x12*\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x16.fastserve.v1.AcceptedH\x00\x12*\n\x08rejected\x18\x03 \x01(\x0b\x32\x16.fastserve.v1.RejectedH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.fastserve.v1.TokenBatchH\x00\x42\t\n\x07message\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"v\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x16\n\x0emax_job_tokens\x18\x05 \x01(\r\x12\x0f\n\x07\x64urable\x18\x06 \x01(\x08\"\x8b\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x15\n\rservice_class\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\r\x12.\n\x08sampling\x18\x07 \x01(\x0b\x32\x1c.fastserve.v1.SamplingParams\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\t \x01(\x01\x12\x15\n\rtenant_weight\x18\n \x01(\x01\x12\x19\n\x11min_output_tokens\x18\x0b \x01(\r\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07handles\x18\x01 \x03(\x04\"<\n\x06\x41ttach\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x12\n\nnext_index\x18\x03 \x01(\r\"\x1a\n\x08\x41\x63\x63\x65pted\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"n\n\x08Rejected\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.fastserve.v1.RejectReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\r\"\x98\x02\n\nTokenBatch\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x15\n\rfirst_indexes\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x32\n\x0e\x66inish_reasons\x18\x04 \x03(\x0e\x32\x1a.fastserve.v1.FinishReason\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\x14\n\x0chas_logprobs\x18\x06 \x03(\r\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\x12\x12\n\ntop_counts\x18\x08 \x03(\r\x12\x0f\n\x07top_ids\x18\t \x03(\r\x12\x14\n\x0ctop_logprobs\x18\n \x03(\x02\x12\x15\n\rerror_entries\x18\x0b \x03(\r\x12\x0e\n\x06\x65rrors\x18\x0c \x03(\t\"\'\n\x0fSnapshotRequest\x12\x14\n\x0cinclude_jobs\x18\x01 \x01(\x08\"\xc5\x02\n\x10SnapshotResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0f\n\x07\x64urable\x18\x03 \x01(\x08\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x14\n\x0clevel_depths\x18\x05 \x03(\r\x12\x16\n\x0elevel_quanta_s\x18\x06 \x03(\x01\x12*\n\x07workers\x18\x07 \x03(\x0b\x32\x19.fastserve.v1.WorkerState\x12$\n\x04jobs\x18\x08 \x03(\x0b\x32\x16.fastserve.v1.JobState\x12>\n\x08\x63ounters\x18\t \x03(\x0b\x32,.fastserve.v1.SnapshotResponse.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x98\x02\n\x0bWorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x15\n\rdevice_blocks\x18\x04 \x01(\r\x12\x1a\n\x12\x66ree_device_blocks\x18\x05 \x01(\r\x12\x13\n\x0bhost_blocks\x18\x06 \x01(\r\x12\x18\n\x10\x66ree_host_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\niterations\x18\t \x01(\x04\x12\x18\n\x10\x63ost_model_error\x18\n \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0b \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0c \x01(\x01\"\xa6\x01\n\x08JobState\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\n\n\x02kv\x18\x04 \x01(\t\x12\r\n\x05level\x18\x05 \x01(\r\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\routput_tokens\x18\x07 \x01(\r\x12\x13\n\x0bpreemptions\x18\x08 \x01(\r\x12\r\n\x05\x61ge_s\x18\t \x01(\x01*\x96\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18REJECT_REASON_QUEUE_FULL\x10\x01\x12\x1b\n\x17REJECT_REASON_NO_WORKER\x10\x02\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x03\x12\x1a\n\x16REJECT_REASON_TOO_LONG\x10\x04\x12\x19\n\x15REJECT_REASON_INVALID\x10\x05\x12 \n\x1cREJECT_REASON_ALREADY_EXISTS\x10\x06\x12\x1b\n\x17REJECT_REASON_NOT_FOUND\x10\x07\x12\x1a\n\x16REJECT_REASON_DEADLINE\x10\x08\x32\xa3\x01\n\x10SchedulerService\x12\x44\n\x05Serve\x12\x1a.fastserve.v1.ServeRequest\x1a\x1b.fastserve.v1.ServeResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1d.fastserve.v1.SnapshotRequest\x1a\x1e.fastserve.v1.SnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61stserve/v1/scheduler.proto\x12\x0c\x66\x61stserve.v1\x1a\x1b\x66\x61stserve/v1/sampling.proto\"\xb7\x01\n\x0cServeRequest\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.fastserve.v1.HelloH\x00\x12&\n\x06submit\x18\x02 \x01(\x0b\x32\x14.fastserve.v1.SubmitH\x00\x12&\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x14.fastserve.v1.CancelH\x00\x12&\n\x06\x61ttach\x18\x04 \x01(\x0b\x32\x14.fastserve.v1.AttachH\x00\x42\t\n\x07message\"\xc8\x01\n\rServeResponse\x12(\n\x07welcome\x18\x01 \x01(\x0b\x32\x15.fastserve.v1.WelcomeH\x00\x12*\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x16.fastserve.v1.AcceptedH\x00\x12*\n\x08rejected\x18\x03 \x01(\x0b\x32\x16.fastserve.v1.RejectedH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.fastserve.v1.TokenBatchH\x00\x42\t\n\x07message\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\xae\x01\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x16\n\x0emax_job_tokens\x18\x05 \x01(\r\x12\x0f\n\x07\x64urable\x18\x06 \x01(\x08\x12\r\n\x05shard\x18\x07 \x01(\t\x12\x11\n\tlive_jobs\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\"\x8b\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x15\n\rservice_class\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\r\x12.\n\x08sampling\x18\x07 \x01(\x0b\x32\x1c.fastserve.v1.SamplingParams\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12\x17\n\x0f\x64\x65\x61\x64line_unix_s\x18\t \x01(\x01\x12\x15\n\rtenant_weight\x18\n \x01(\x01\x12\x19\n\x11min_output_tokens\x18\x0b \x01(\r\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07handles\x18\x01 \x03(\x04\"<\n\x06\x41ttach\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x12\n\nnext_index\x18\x03 \x01(\r\"\x1a\n\x08\x41\x63\x63\x65pted\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"n\n\x08Rejected\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.fastserve.v1.RejectReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\r\"\x98\x02\n\nTokenBatch\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x15\n\rfirst_indexes\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x32\n\x0e\x66inish_reasons\x18\x04 \x03(\x0e\x32\x1a.fastserve.v1.FinishReason\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\x14\n\x0chas_logprobs\x18\x06 \x03(\r\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\x12\x12\n\ntop_counts\x18\x08 \x03(\r\x12\x0f\n\x07top_ids\x18\t \x03(\r\x12\x14\n\x0ctop_logprobs\x18\n \x03(\x02\x12\x15\n\rerror_entries\x18\x0b \x03(\r\x12\x0e\n\x06\x65rrors\x18\x0c \x03(\t\"\'\n\x0fSnapshotRequest\x12\x14\n\x0cinclude_jobs\x18\x01 \x01(\x08\"\xd4\x02\n\x10SnapshotResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0f\n\x07\x64urable\x18\x03 \x01(\x08\x12\x10\n\x08uptime_s\x18\x04 \x01(\x01\x12\x14\n\x0clevel_depths\x18\x05 \x03(\r\x12\x16\n\x0elevel_quanta_s\x18\x06 \x03(\x01\x12*\n\x07workers\x18\x07 \x03(\x0b\x32\x19.fastserve.v1.WorkerState\x12$\n\x04jobs\x18\x08 \x03(\x0b\x32\x16.fastserve.v1.JobState\x12>\n\x08\x63ounters\x18\t \x03(\x0b\x32,.fastserve.v1.SnapshotResponse.CountersEntry\x12\r\n\x05shard\x18\n \x01(\t\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x98\x02\n\x0bWorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x15\n\rdevice_blocks\x18\x04 \x01(\r\x12\x1a\n\x12\x66ree_device_blocks\x18\x05 \x01(\r\x12\x13\n\x0bhost_blocks\x18\x06 \x01(\r\x12\x18\n\x10\x66ree_host_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\niterations\x18\t \x01(\x04\x12\x18\n\x10\x63ost_model_error\x18\n \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0b \x01(\x01\x12\x1c\n\x14prefill_tokens_per_s\x18\x0c \x01(\x01\"\xa6\x01\n\x08JobState\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\n\n\x02kv\x18\x04 \x01(\t\x12\r\n\x05level\x18\x05 \x01(\r\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\routput_tokens\x18\x07 \x01(\r\x12\x13\n\x0bpreemptions\x18\x08 \x01(\r\x12\r\n\x05\x61ge_s\x18\t \x01(\x01*\x96\x02\n\x0cRejectReason\x12\x1d\n\x19REJECT_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18REJECT_REASON_QUEUE_FULL\x10\x01\x12\x1b\n\x17REJECT_REASON_NO_WORKER\x10\x02\x12\x1a\n\x16REJECT_REASON_DRAINING\x10\x03\x12\x1a\n\x16REJECT_REASON_TOO_LONG\x10\x04\x12\x19\n\x15REJECT_REASON_INVALID\x10\x05\x12 \n\x1cREJECT_REASON_ALREADY_EXISTS\x10\x06\x12\x1b\n\x17REJECT_REASON_NOT_FOUND\x10\x07\x12\x1a\n\x16REJECT_REASON_DEADLINE\x10\x08\x32\xa3\x01\n\x10SchedulerService\x12\x44\n\x05Serve\x12\x1a.fastserve.v1.ServeRequest\x1a\x1b.fastserve.v1.ServeResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1d.fastserve.v1.SnapshotRequest\x1a\x1e.fastserve.v1.SnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,38 +34,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SNAPSHOTRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_SNAPSHOTRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_REJECTREASON']._serialized_start=2217
-  _globals['_REJECTREASON']._serialized_end=2495
+  _globals['_REJECTREASON']._serialized_start=2289
+  _globals['_REJECTREASON']._serialized_end=2567
   _globals['_SERVEREQUEST']._serialized_start=76
   _globals['_SERVEREQUEST']._serialized_end=259
   _globals['_SERVERESPONSE']._serialized_start=262
   _globals['_SERVERESPONSE']._serialized_end=462
   _globals['_HELLO']._serialized_start=464
   _globals['_HELLO']._serialized_end=491
-  _globals['_WELCOME']._serialized_start=493
-  _globals['_WELCOME']._serialized_end=611
-  _globals['_SUBMIT']._serialized_start=614
-  _globals['_SUBMIT']._serialized_end=881
-  _globals['_CANCEL']._serialized_start=883
-  _globals['_CANCEL']._serialized_end=908
-  _globals['_ATTACH']._serialized_start=910
-  _globals['_ATTACH']._serialized_end=970
-  _globals['_ACCEPTED']._serialized_start=972
-  _globals['_ACCEPTED']._serialized_end=998
-  _globals['_REJECTED']._serialized_start=1000
-  _globals['_REJECTED']._serialized_end=1110
-  _globals['_TOKENBATCH']._serialized_start=1113
-  _globals['_TOKENBATCH']._serialized_end=1393
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1395
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1434
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=1437
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=1762
-  _globals['_SNAPSHOTRESPONSE_COUNTERSENTRY']._serialized_start=1715
-  _globals['_SNAPSHOTRESPONSE_COUNTERSENTRY']._serialized_end=1762
-  _globals['_WORKERSTATE']._serialized_start=1765
-  _globals['_WORKERSTATE']._serialized_end=2045
-  _globals['_JOBSTATE']._serialized_start=2048
-  _globals['_JOBSTATE']._serialized_end=2214
-  _globals['_SCHEDULERSERVICE']._serialized_start=2498
-  _globals['_SCHEDULERSERVICE']._serialized_end=2661
+  _globals['_WELCOME']._serialized_start=494
+  _globals['_WELCOME']._serialized_end=668
+  _globals['_SUBMIT']._serialized_start=671
+  _globals['_SUBMIT']._serialized_end=938
+  _globals['_CANCEL']._serialized_start=940
+  _globals['_CANCEL']._serialized_end=965
+  _globals['_ATTACH']._serialized_start=967
+  _globals['_ATTACH']._serialized_end=1027
+  _globals['_ACCEPTED']._serialized_start=1029
+  _globals['_ACCEPTED']._serialized_end=1055
+  _globals['_REJECTED']._serialized_start=1057
+  _globals['_REJECTED']._serialized_end=1167
+  _globals['_TOKENBATCH']._serialized_start=1170
+  _globals['_TOKENBATCH']._serialized_end=1450
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1452
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1491
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=1494
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=1834
+  _globals['_SNAPSHOTRESPONSE_COUNTERSENTRY']._serialized_start=1787
+  _globals['_SNAPSHOTRESPONSE_COUNTERSENTRY']._serialized_end=1834
+  _globals['_WORKERSTATE']._serialized_start=1837
+  _globals['_WORKERSTATE']._serialized_end=2117
+  _globals['_JOBSTATE']._serialized_start=2120
+  _globals['_JOBSTATE']._serialized_end=2286
+  _globals['_SCHEDULERSERVICE']._serialized_start=2570
+  _globals['_SCHEDULERSERVICE']._serialized_end=2733
 # @@protoc_insertion_point(module_scope)

@@ -60,20 +60,26 @@ class Hello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("epoch", "ready", "model", "max_model_len", "max_job_tokens", "durable")
+    __slots__ = ("epoch", "ready", "model", "max_model_len", "max_job_tokens", "durable", "shard", "live_jobs", "max_num_seqs")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_JOB_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    LIVE_JOBS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     ready: bool
     model: str
     max_model_len: int
     max_job_tokens: int
     durable: bool
-    def __init__(self, epoch: _Optional[int] = ..., ready: _Optional[bool] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_job_tokens: _Optional[int] = ..., durable: _Optional[bool] = ...) -> None: ...
+    shard: str
+    live_jobs: int
+    max_num_seqs: int
+    def __init__(self, epoch: _Optional[int] = ..., ready: _Optional[bool] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_job_tokens: _Optional[int] = ..., durable: _Optional[bool] = ..., shard: _Optional[str] = ..., live_jobs: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "job_id", "tenant", "service_class", "priority", "prompt_token_ids", "sampling", "traceparent", "deadline_unix_s", "tenant_weight", "min_output_tokens")
@@ -170,7 +176,7 @@ class SnapshotRequest(_message.Message):
     def __init__(self, include_jobs: _Optional[bool] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
-    __slots__ = ("epoch", "policy", "durable", "uptime_s", "level_depths", "level_quanta_s", "workers", "jobs", "counters")
+    __slots__ = ("epoch", "policy", "durable", "uptime_s", "level_depths", "level_quanta_s", "workers", "jobs", "counters", "shard")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +193,7 @@ class SnapshotResponse(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     JOBS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     policy: str
     durable: bool
@@ -196,7 +203,8 @@ class SnapshotResponse(_message.Message):
     workers: _containers.RepeatedCompositeFieldContainer[WorkerState]
     jobs: _containers.RepeatedCompositeFieldContainer[JobState]
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[str] = ..., durable: _Optional[bool] = ..., uptime_s: _Optional[float] = ..., level_depths: _Optional[_Iterable[int]] = ..., level_quanta_s: _Optional[_Iterable[float]] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobState, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    shard: str
+    def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[str] = ..., durable: _Optional[bool] = ..., uptime_s: _Optional[float] = ..., level_depths: _Optional[_Iterable[int]] = ..., level_quanta_s: _Optional[_Iterable[float]] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobState, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., shard: _Optional[str] = ...) -> None: ...
 
 class WorkerState(_message.Message):
     __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s")

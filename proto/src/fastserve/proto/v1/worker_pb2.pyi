@@ -105,7 +105,7 @@ class RunResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[IterationReport, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles")
+    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Plan(_message.Message):
     OP_IDS_FIELD_NUMBER: _ClassVar[int]
     OPS_FIELD_NUMBER: _ClassVar[int]
     OP_HANDLES_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     plan_id: int
     scheduler_epoch: int
     reset: bool
@@ -126,7 +127,8 @@ class Plan(_message.Message):
     op_ids: _containers.RepeatedScalarFieldContainer[int]
     ops: _containers.RepeatedScalarFieldContainer[KvOp]
     op_handles: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ...) -> None: ...
+    shard: str
+    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("handle", "job_id", "token_ids", "prompt_len", "sampling", "traceparent")

@@ -27,7 +27,7 @@ from pydantic_settings import (
 
 from fastserve.common.errors import StartupError
 
-_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*:)[^@\s]+@")
+_URL_PASSWORD = re.compile(r"(\w+://[^:/@\s]*:)[^@\s]+(?=@)|([?&]password=)[^&\s]+")
 
 
 class ServiceSettings(BaseSettings):
@@ -69,7 +69,7 @@ class ServiceSettings(BaseSettings):
         """The settings in force, secrets masked, for the log at start."""
         values = self.model_dump(mode="json")
         return {
-            key: _URL_PASSWORD.sub(r"\1***@", value) if isinstance(value, str) else value
+            key: _URL_PASSWORD.sub(r"\1\2***", value) if isinstance(value, str) else value
             for key, value in values.items()
         }
 

@@ -11,16 +11,18 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from fastserve.gateway.errors import ApiError, ClientGoneError, InvalidRequestError
+from fastserve.gateway.metrics import Metrics
 from fastserve.gateway.middleware import BodyLimitMiddleware, RequestMiddleware, note_error
 from fastserve.gateway.openapi import document
 from fastserve.gateway.routes import chat, completions, models, status, tokens
+from fastserve.gateway.scheduler_client import SchedulerClient
 from fastserve.gateway.state import Gateway
 
 _CODES: Final = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """All routes around one gateway; `gateway.client` is run by the caller."""
+    """All routes around one gateway; `gateway.shards` is run by the caller."""
     app = FastAPI(
         title="FastServe",
         version=status.VERSION,
@@ -64,8 +66,12 @@ def _api_error(request: Request, raised: Exception) -> ApiError:
 
 def _watch(gateway: Gateway) -> None:
     """Metrics that are read off the client when they are asked for."""
-    client, metrics = gateway.client, gateway.metrics
-    metrics.connected.set_function(lambda: client.connected)
-    metrics.ready.set_function(lambda: client.ready)
-    metrics.stream_losses.set_function(lambda: client.losses)
-    metrics.jobs.set_function(lambda: client.jobs)
+    for client in gateway.shards:
+        _watch_shard(client, gateway.metrics)
+
+
+def _watch_shard(client: SchedulerClient, metrics: Metrics) -> None:
+    metrics.connected.labels(client.shard).set_function(lambda: client.connected)
+    metrics.ready.labels(client.shard).set_function(lambda: client.ready)
+    metrics.stream_losses.labels(client.shard).set_function(lambda: client.losses)
+    metrics.jobs.labels(client.shard).set_function(lambda: client.jobs)

@@ -258,9 +258,14 @@ def api_error(error: JobRefusedError | SchedulerLostError, *, attach: bool = Fal
         case scheduler_pb2.REJECT_REASON_TOO_LONG:
             return InvalidRequestError(error.message, code="context_length_exceeded")
         case scheduler_pb2.REJECT_REASON_NOT_FOUND if attach:
-            return InvalidRequestError(
-                "there is no such answer (any more)", status=404, code="answer_not_found"
-            )
+            return answer_not_found()
         case scheduler_pb2.REJECT_REASON_INVALID:
             return InvalidRequestError(error.message)
     return InternalError()
+
+
+def answer_not_found() -> ApiError:
+    """404 for a client that wants to go on with an answer."""
+    return InvalidRequestError(
+        "there is no such answer (any more)", status=404, code="answer_not_found"
+    )

@@ -52,8 +52,8 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, registry=registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(name, text, labels, registry=registry, buckets=buckets)
@@ -87,13 +87,13 @@ class Metrics:
         )
         self.pings = counter("fastserve_stream_pings", "Comments sent on silent streams")
         self.connected = gauge(
-            "fastserve_scheduler_connected", "1 if there is a stream to the scheduler"
+            "fastserve_scheduler_connected", "1 if there is a stream to the scheduler", "shard"
         )
-        self.ready = gauge("fastserve_scheduler_ready", "1 if the scheduler has a worker")
+        self.ready = gauge("fastserve_scheduler_ready", "1 if the scheduler has a worker", "shard")
         self.stream_losses = gauge(
-            "fastserve_scheduler_stream_losses", "Streams to the scheduler that broke"
+            "fastserve_scheduler_stream_losses", "Streams to the scheduler that broke", "shard"
         )
-        self.jobs = gauge("fastserve_gateway_jobs", "Jobs under way for requests")
+        self.jobs = gauge("fastserve_gateway_jobs", "Jobs under way for requests", "shard")
 
         model = "model_name"
         self.ttft = histogram(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fastserve.gateway.answer_ids import shard_of
 from fastserve.gateway.errors import InvalidRequestError
 from fastserve.gateway.schemas import ChatCompletionRequest, GenerationBody
 from fastserve.gateway.tokenizer import Tokenizer
@@ -224,7 +225,7 @@ def resume_of(body: GenerationBody, headers: Mapping[str, str], choices: int) ->
         return None
     if not body.stream:
         raise InvalidRequestError("only streams can be gone on with", param="stream")
-    if not re.fullmatch(r"[a-z]{4,10}-[0-9a-f]{32}", response_id):
+    if shard_of(response_id) is None:
         raise InvalidRequestError(f"{ANSWER_HEADER} is no id of an answer", param=ANSWER_HEADER)
     last = headers.get(LAST_EVENT_HEADER, ",".join(["-1"] * choices))
     parts = last.split(",")

@@ -1,4 +1,4 @@
-"""The gateway's one stream to the scheduler, which carries all of its jobs.
+"""The gateway's one stream to the scheduler of a shard, which carries all of its jobs there.
 
 The stream may break at any moment; the job table is what counts. On every new stream each job is
 introduced again: with Attach and the index of the next token if the scheduler has it, with Submit
@@ -28,7 +28,7 @@ from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 log = structlog.get_logger(__name__)
 
 _WELCOME_TIMEOUT_S: Final = 3.0
-_BACKOFF_S: Final = (0.05, 1.0)  # first and longest pause between two attempts
+_BACKOFF_S: Final = (0.05, 0.5)  # first and longest pause between two rounds of the addresses
 _FLUSH_TIMEOUT_S: Final = 1.0
 _BREAKS: Final = (aio.AioRpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError)
 
@@ -38,6 +38,7 @@ class SchedulerClient:
 
     def __init__(
         self,
+        shard: str,
         addresses: Sequence[str],
         gateway_id: str,
         *,
@@ -45,8 +46,12 @@ class SchedulerClient:
         reattach_timeout_s: float,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_change` is called whenever `connected` or `welcome` changed."""
-        self._addresses = itertools.cycle(addresses)
+        """`addresses`: of the leader and its standbys, in any order.
+
+        `on_change` is called whenever `connected` or `welcome` changed.
+        """
+        self.shard = shard
+        self._addresses = addresses
         self._gateway_id = gateway_id
         self._answer_timeout_s = answer_timeout_s
         self._reattach_timeout_s = reattach_timeout_s
@@ -58,6 +63,8 @@ class SchedulerClient:
         self._down_since = time.monotonic()
         self.welcome: scheduler_pb2.Welcome | None = None  # the last one, also while disconnected
         self.losses = 0  # streams that broke
+        self._others = 0  # jobs of other gateways there, as of the last Welcome
+        self._expected = 0  # jobs that come and are not submitted yet
 
     @property
     def connected(self) -> bool:
@@ -67,6 +74,24 @@ class SchedulerClient:
     def ready(self) -> bool:
         """The scheduler is there and has a worker."""
         return self._stream is not None and self.welcome is not None and self.welcome.ready
+
+    @property
+    def model(self) -> str:
+        """Name of the model as the workers report it; "" while none is known."""
+        return self.welcome.model if self.welcome is not None else ""
+
+    @property
+    def load(self) -> float:
+        """Jobs of the shard for each that it runs at once.
+
+        Our own jobs are counted as they are, those of others as of the last Welcome.
+        """
+        rows = self.welcome.max_num_seqs if self.welcome is not None else 0
+        return (self._others + self.jobs + self._expected) / max(1, rows)
+
+    def expect(self, jobs: int) -> None:
+        """So many jobs will be submitted in a moment, unless their request turns out wrong."""
+        self._expected += jobs
 
     @property
     def jobs(self) -> int:
@@ -90,6 +115,7 @@ class SchedulerClient:
         `wake` is set whenever there is something to take from the job. Raises `JobRefusedError`
         or `SchedulerLostError`; if the caller is cancelled, so is the job.
         """
+        self._expected = max(0, self._expected - 1)
         submit.handle = next(self._handles)
         return await self._answered(Job(submit.handle, submit.job_id, submit, wake))
 
@@ -156,21 +182,28 @@ class SchedulerClient:
     async def run(self) -> None:
         """Connect, and again whenever the stream breaks, to one address after another."""
         pause = _BACKOFF_S[0]
+        failures = 0  # one after the other
         try:
-            while True:
-                address = next(self._addresses)
+            for address in itertools.cycle(self._addresses):
                 try:
                     await self._session(address)
                 except _BREAKS as error:
-                    log.info("no stream to the scheduler", address=address, reason=_reason(error))
+                    log.info(
+                        "no stream to the scheduler",
+                        shard=self.shard,
+                        address=address,
+                        reason=_reason(error),
+                    )
                 if self._stream is not None:
                     self._lose_stream()
-                    pause = _BACKOFF_S[0]
+                    pause, failures = _BACKOFF_S[0], 0
+                failures += 1
                 if time.monotonic() - self._down_since > self._reattach_timeout_s:
                     self._fail_all("the scheduler cannot be reached")
-                # Spread, so that the gateways of a dead leader do not come back all at once.
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, _BACKOFF_S[1])
+                if failures % len(self._addresses) == 0:
+                    # Spread, so that the gateways of a dead leader do not come back all at once.
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                    pause = min(2 * pause, _BACKOFF_S[1])
         finally:
             self._lose_stream()
             self._fail_all("the gateway is shutting down")
@@ -197,7 +230,14 @@ class SchedulerClient:
                     response: Any = await call.read()
                 if response is aio.EOF or response.WhichOneof("message") != "welcome":
                     raise ConnectionError("the scheduler did not say Welcome")
-                log.info("connected to the scheduler", address=address, jobs=len(self._jobs))
+                if response.welcome.shard != self.shard:
+                    raise ConnectionError(f"it leads shard {response.welcome.shard!r}")
+                log.info(
+                    "connected to the scheduler",
+                    shard=self.shard,
+                    address=address,
+                    jobs=len(self._jobs),
+                )
                 self._stream = _Stream(call)
                 self._take(response)
                 for job in self._jobs.values():
@@ -245,6 +285,8 @@ class SchedulerClient:
                     self._rejected(job, response.rejected)
             case "welcome":
                 self.welcome = response.welcome
+                self._others = max(0, self.welcome.live_jobs - self.jobs)
+                self._expected = 0  # nobody says when a request turned out wrong
                 self._welcomed.set()
                 self._on_change()
 

@@ -1,4 +1,4 @@
-"""The process: the stream to the scheduler, the HTTP server, and an orderly end of both."""
+"""The process: the streams to the schedulers, the HTTP server, and an orderly end of both."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fastserve.gateway.auth import ApiKeys
 from fastserve.gateway.metrics import Metrics
 from fastserve.gateway.scheduler_client import SchedulerClient
 from fastserve.gateway.settings import GatewaySettings
+from fastserve.gateway.shards import Shards
 from fastserve.gateway.state import Gateway
 from fastserve.gateway.tokenizer import Tokenizer, TokenizerPool
 
@@ -53,15 +54,21 @@ class Service:
         """`tokenizer`: that of the model folder, if it is loaded. Raises `StartupError`."""
         self.settings = settings
         self.port = 0
-        self.client = SchedulerClient(
-            settings.scheduler,
-            f"{socket.gethostname()}-{os.getpid()}",
-            answer_timeout_s=settings.scheduler_timeout,
-            reattach_timeout_s=settings.reattach_timeout,
+        self.shards = Shards(
+            [
+                SchedulerClient(
+                    shard,
+                    addresses,
+                    f"{socket.gethostname()}-{os.getpid()}",
+                    answer_timeout_s=settings.scheduler_timeout,
+                    reattach_timeout_s=settings.reattach_timeout,
+                )
+                for shard, addresses in settings.addresses().items()
+            ]
         )
         self.gateway = Gateway(
             settings=settings,
-            client=self.client,
+            shards=self.shards,
             pool=TokenizerPool(tokenizer or Tokenizer.load(settings.model)),
             metrics=Metrics(CollectorRegistry()),
             keys=ApiKeys(settings.keys()),
@@ -101,17 +108,17 @@ class Service:
             ),
             on_up,
         )
-        connecting = asyncio.ensure_future(self.client.run())
+        connecting = asyncio.ensure_future(self.shards.run())
         serving = asyncio.ensure_future(server.serve(sockets=[self._socket]))
         stopping = asyncio.ensure_future(stop.wait())
         try:
             await asyncio.wait({connecting, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            log.info("stopping", jobs=self.client.jobs)
+            log.info("stopping", jobs=self.shards.jobs)
             server.should_exit = True
             await asyncio.wait({serving}, timeout=grace if stop.is_set() else 0)
             if not serving.done():
-                log.warning("answers are cut off", jobs=self.client.jobs)
-            await self.client.close()
+                log.warning("answers are cut off", jobs=self.shards.jobs)
+            await self.shards.close()
             await serving
         finally:
             for task in (connecting, serving, stopping):

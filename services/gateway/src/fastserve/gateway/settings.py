@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Final
 
 from pydantic import Field, SecretStr, field_validator
 
 from fastserve.common.errors import StartupError
 from fastserve.common.settings import ServiceSettings
+from fastserve.gateway.answer_ids import SHARD
 from fastserve.gateway.auth import ApiKey, parse_key
+
+_SCHEDULER: Final = re.compile(rf"(?:({SHARD})=)?(.+)")
+_DEFAULT_SHARD: Final = "0"  # that of a scheduler without --shard
 
 
 class GatewaySettings(ServiceSettings):
@@ -22,7 +28,8 @@ class GatewaySettings(ServiceSettings):
     scheduler: list[str] = Field(
         default=["127.0.0.1:7070"],
         min_length=1,
-        description="gRPC address of the scheduler; repeat for standbys",
+        description="gRPC address of a scheduler, [SHARD=]ADDRESS; repeat for standbys and shards "
+        "(without a name: shard 0)",
     )
     model: Path = Field(description="folder with tokenizer.json and the chat template")
     served_model_name: str = Field(
@@ -60,6 +67,13 @@ class GatewaySettings(ServiceSettings):
         description="seconds running requests wait for a scheduler that went away",
     )
 
+    @field_validator("scheduler")
+    @classmethod
+    def _addresses(cls, addresses: list[str]) -> list[str]:
+        if not all(_SCHEDULER.fullmatch(address) for address in addresses):
+            raise ValueError("an address is empty")
+        return addresses
+
     @field_validator("api_key")
     @classmethod
     def _no_empty_key(cls, keys: list[SecretStr]) -> list[SecretStr]:
@@ -71,6 +85,15 @@ class GatewaySettings(ServiceSettings):
     def model_name(self) -> str:
         """Name of the model in requests and answers."""
         return self.served_model_name or self.model.resolve().name
+
+    def addresses(self) -> dict[str, list[str]]:
+        """Addresses of schedulers by shard."""
+        shards: dict[str, list[str]] = {}
+        for setting in self.scheduler:
+            match = _SCHEDULER.fullmatch(setting)
+            assert match is not None
+            shards.setdefault(match[1] or _DEFAULT_SHARD, []).append(match[2])
+        return shards
 
     def keys(self) -> list[ApiKey]:
         """All API keys; none: no key is asked for. Raises `StartupError`."""

@@ -11,8 +11,8 @@ from fastserve.gateway.auth import ApiKeys
 from fastserve.gateway.errors import InvalidRequestError
 from fastserve.gateway.metrics import Metrics
 from fastserve.gateway.params import Grant
-from fastserve.gateway.scheduler_client import SchedulerClient
 from fastserve.gateway.settings import GatewaySettings
+from fastserve.gateway.shards import Shards
 from fastserve.gateway.tokenizer import Tokenizer, TokenizerPool
 
 
@@ -21,7 +21,7 @@ class Gateway:
     """The parts of a gateway."""
 
     settings: GatewaySettings
-    client: SchedulerClient
+    shards: Shards
     pool: TokenizerPool
     metrics: Metrics
     keys: ApiKeys
@@ -34,15 +34,12 @@ class Gateway:
     @property
     def model_name(self) -> str:
         """The name in requests and answers: as configured, else as the workers call it."""
-        welcome = self.client.welcome
-        reported = welcome.model if welcome is not None else ""
-        return self.settings.served_model_name or reported or self.settings.model_name
+        return self.settings.served_model_name or self.shards.model or self.settings.model_name
 
     @property
     def max_model_len(self) -> int | None:
         """Tokens that prompt and answer may have together; None while no worker is known."""
-        welcome = self.client.welcome
-        return (welcome.max_job_tokens or None) if welcome is not None else None
+        return self.shards.max_job_tokens or None
 
     def check_model(self, name: str) -> None:
         """Raises `InvalidRequestError` (404) for a model that is not served here."""

@@ -5,9 +5,9 @@ goes out. One write is under way at most, so whatever happens during a slow one 
 the next. What a write confirmed is released to the gateways.
 
 When Redis fails, or takes longer than the time-out of the store, durability is declared lost:
-everything is released from memory at once, and only marks are kept, so the backlog is bounded by
-the job table itself. When Redis is back all jobs are written whole, then tokens wait for their
-write again.
+everything is released from memory at once. The backlog is then the job table itself, nothing
+beside it: live jobs, which the queue limit bounds, and ended ones for their grace. When Redis is
+back all of it is written whole, then tokens wait for their write again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import FinishReason
 from fastserve.scheduler.jobs import JobRecord, JobTable
 from fastserve.scheduler.lease import Term
-from fastserve.scheduler.store import Batch, FencedError, Placement, Store, StoredJob, StoreError
+from fastserve.scheduler.store import Store
+from fastserve.scheduler.store_errors import ADVICE, FencedError, StoreError
+from fastserve.scheduler.stored import Batch, Placement, StoredJob
 
 log = structlog.get_logger(__name__)
 
-_RETRY_S: Final = 0.1
+_RETRY_S: Final = (0.1, 1.0)  # first and longest pause
 # Tokens of whole jobs in one write: a script call of about 10 ms.
 _WHOLE_TOKENS: Final = 100_000
 
@@ -72,7 +74,8 @@ class Journal:
         self._observe = observe
         self.durable = True
         self._holding = True  # tokens wait for their write
-        self._suspect = ""  # why what Redis confirmed may be gone
+        self._away = False  # nothing is marked: a snapshot will hold everything
+        self._suspect: StoreError | None = None  # why what Redis confirmed may be gone
         self._dirty: dict[JobRecord, bool] = {}  # value: whether its placement changed
         self._unreleased: dict[JobRecord, None] = {}  # changed since the last commit
         self._forgotten: list[str] = []
@@ -85,9 +88,15 @@ class Journal:
         self.confirmed_seq = 0  # the last write that Redis confirmed
         self.losses = 0
 
+    @property
+    def backlog(self) -> int:
+        """Jobs whose last changes are not in Redis."""
+        return len(self._dirty) if self.durable else len(self._jobs)
+
     def mark(self, record: JobRecord, *, placed: bool = False) -> None:
         """`record` is new, has more output, ended, or (`placed`) stands elsewhere."""
-        self._dirty[record] = placed or self._dirty.get(record, False)
+        if not self._away:
+            self._dirty[record] = placed or self._dirty.get(record, False)
         self._unreleased[record] = None
 
     def note_worker(self, worker_id: str, facts: Mapping[str, str | float]) -> None:
@@ -104,13 +113,13 @@ class Journal:
             self._idle.clear()
             self._wake.set()
 
-    def lose(self, reason: str, losses: int) -> None:
+    def lose(self, why: StoreError, losses: int) -> None:
         """What Redis confirmed may be gone: declare it and write everything anew.
 
         `losses` is what it was when the caller began to look: old news is dropped.
         """
         if losses == self.losses:
-            self._suspect = reason
+            self._suspect = why
             self._wake.set()
 
     async def flush(self) -> None:
@@ -123,36 +132,42 @@ class Journal:
             await self._wake.wait()
             self._wake.clear()
             try:
-                if self._suspect:
-                    raise StoreError(self._suspect)
+                if self._suspect is not None:
+                    raise self._suspect
                 while self._dirty or self._new_workers:
                     await self._put(self._take(), resync=False)
                 self._idle.set()
             except FencedError:
                 raise
             except StoreError as error:
-                await self._recover(str(error))
+                await self._recover(error)
 
-    async def _recover(self, reason: str) -> None:
+    async def _recover(self, why: StoreError) -> None:
         """Serve from memory until all of it is in Redis again."""
-        log.error("redis failed: serving from memory, answers are not durable", reason=reason)
+        _complain(why)
         self.durable = False
         self.losses += 1
         self._idle.clear()
         self._changed(False)
         lost_at = self._clock.now()
+        pause = _RETRY_S[0]
         while True:
-            self._suspect = ""
+            self._suspect = None
             self._holding = False
             self._show(self._jobs)
+            self._away = True
+            self._dirty.clear()
             try:
                 await self._write_everything()
                 break
             except FencedError:
                 raise
             except StoreError as error:
-                log.debug("redis is still away", reason=str(error))
-                await asyncio.sleep(_RETRY_S)
+                if error.trouble is not why.trouble:
+                    _complain(error)
+                why = error
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _RETRY_S[1])
         self.durable = True
         self._changed(True)
         self._wake.set()
@@ -168,9 +183,10 @@ class Journal:
         held = await self._store.job_ids()
         self._forgotten = [job_id for job_id in held if job_id not in self._jobs]
         self._new_workers.update(self._workers)
+        self._away = False
+        self._dirty = dict.fromkeys(self._jobs, True)
         for record in self._jobs:
             record.written = -1
-            self._dirty[record] = True
         resync = True
         while not self._holding:
             taken = self._take()
@@ -233,6 +249,15 @@ class Journal:
             if record.visible < len(record.output) or record.end_visible != ended:
                 record.visible, record.end_visible = len(record.output), ended
                 _tell(record)
+
+
+def _complain(why: StoreError) -> None:
+    log.error(
+        "redis failed: serving from memory, answers are not durable",
+        kind=why.trouble,
+        reason=str(why),
+        advice=ADVICE[why.trouble],
+    )
 
 
 def _tell(record: JobRecord) -> None:

@@ -119,7 +119,9 @@ class Session:
 class GatewayHub:
     """All sessions of one leader."""
 
-    def __init__(self, intake: JobIntake, jobs: JobTable, clock: Clock, epoch: int) -> None:
+    def __init__(
+        self, intake: JobIntake, jobs: JobTable, clock: Clock, shard: str, epoch: int
+    ) -> None:
         self._intake = intake
         self._jobs = jobs
         self._clock = clock
@@ -127,7 +129,7 @@ class GatewayHub:
         self._closing = asyncio.Event()
         self._bug: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._welcome = scheduler_pb2.ServeResponse(
-            welcome=scheduler_pb2.Welcome(epoch=epoch, durable=True)
+            welcome=scheduler_pb2.Welcome(shard=shard, epoch=epoch, durable=True)
         )
 
     @property
@@ -139,13 +141,13 @@ class GatewayHub:
         """Model name the workers report; empty until one is known."""
         return self._welcome.welcome.model
 
-    def announce(self, **changes: Any) -> None:
-        """Change fields of Welcome and tell every gateway if they differ."""
+    def announce(self, *, always: bool = False, **changes: Any) -> None:
+        """Change fields of Welcome and tell every gateway, if they differ or `always`."""
         message = scheduler_pb2.ServeResponse()
         message.CopyFrom(self._welcome)
         for name, value in changes.items():
             setattr(message.welcome, name, value)
-        if message != self._welcome:
+        if always or message != self._welcome:
             self._welcome = message
             for session in self._sessions:
                 session.welcome(message)

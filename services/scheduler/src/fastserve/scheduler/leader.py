@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Final
 
 import structlog
@@ -28,7 +29,9 @@ from fastserve.scheduler.lease import Term
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.snapshot import snapshot
-from fastserve.scheduler.store import FencedError, Store, StoredJob
+from fastserve.scheduler.store import Store
+from fastserve.scheduler.store_errors import FencedError
+from fastserve.scheduler.stored import StoredJob
 from fastserve.scheduler.tracing import JobTraces
 from fastserve.scheduler.worker_link import WorkerLink
 
@@ -76,17 +79,26 @@ class Leader:
             epoch=term.epoch,
             workers_changed=self._workers_changed,
         )
-        self.hub = GatewayHub(self.engine, self.jobs, clock, term.epoch)
+        self.hub = GatewayHub(self.engine, self.jobs, clock, settings.shard, term.epoch)
         self.links = [
-            WorkerLink(address, term.epoch, self.engine, clock, metrics)
+            WorkerLink(address, settings.shard, term.epoch, self.engine, clock, metrics)
             for address in settings.worker
         ]
 
     async def restore(self) -> None:
         """Take over the jobs that Redis holds. Raises `StoreError`s."""
+        gc.disable()  # all that is made now stays: to look for garbage only costs time
+        try:
+            await self._restore_all()
+        finally:
+            gc.enable()
+
+    async def _restore_all(self) -> None:
         renewal = asyncio.ensure_future(lease.keep(self._store, self._term, self.journal))
         try:
             stored = await self._store.load()
+            if await self._store.evicts():
+                log.warning("redis may evict jobs", advice="set its maxmemory-policy to noeviction")
         finally:
             renewal.cancel()
             # Fenced already: the first write will tell.
@@ -184,17 +196,20 @@ class Leader:
             log.error("redis is away: what was not written is lost", jobs=len(self.jobs))
 
     async def _gauge(self) -> None:
-        """Set the gauges from time to time, until cancelled."""
+        """Set the gauges and tell gateways the load from time to time, until cancelled."""
         self._metrics.restart()
         while True:
-            running = sum(job.state is JobState.RUNNING for job in self.core.jobs())
+            jobs = list(self.core.jobs())
+            running = sum(job.state is JobState.RUNNING for job in jobs)
             self._metrics.follow(self.core.counters)
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
+            self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))
             self._metrics.set_costs(
                 {link.worker_id: self.core.cost_model(link.worker_id) for link in self.engine.links}
             )
             self._metrics.gateways.set(self.hub.sessions)
+            self.hub.announce(always=True, live_jobs=len(jobs))
             await asyncio.sleep(_GAUGES_S)
 
     def _workers_changed(self) -> None:
@@ -203,9 +218,13 @@ class Leader:
         if not workers:
             self.hub.announce(ready=False)
             return
+        rows = self._settings.max_num_seqs
         self.hub.announce(
             ready=True,
             model=workers[0].model,
+            max_num_seqs=sum(
+                min(rows or worker.max_num_seqs, worker.max_num_seqs) for worker in workers
+            ),
             max_model_len=max(worker.max_model_len for worker in workers),
             max_job_tokens=max(
                 min(worker.max_model_len, worker.device_blocks * worker.block_size)
@@ -221,6 +240,7 @@ class Leader:
         return snapshot(
             self.core,
             self.links,
+            shard=self._settings.shard,
             epoch=self._term.epoch,
             durable=self.journal.durable,
             uptime_s=self._clock.now() - self._started,

@@ -1,8 +1,9 @@
 """Who leads the shard: a lease in Redis with a fencing epoch that every write checks.
 
-A leader that cannot reach Redis serves on from memory. If Redis is down, nobody can take its place,
-and when Redis returns, standbys let one lease time pass before they ask, so that it keeps it. If
-only the leader is cut off, its workers leave it as soon as they hear the next leader's epoch.
+A leader that cannot reach Redis serves on from memory. If Redis is down, nobody can take its place.
+When it returns, or has lost its data, whoever waits lets one lease time pass before it asks, so
+that a leader with jobs in memory keeps the lease. If only the leader is cut off, its workers leave
+it as soon as they hear the next leader's epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from fastserve.scheduler.store import FencedError, Held, Store, StoreError
+from fastserve.scheduler.store import Held, Store
+from fastserve.scheduler.store_errors import ADVICE, FencedError, StoreError, StoreLost, Trouble
 
 if TYPE_CHECKING:
     from fastserve.scheduler.durability import Journal
@@ -44,27 +46,36 @@ def owner_name() -> str:
 async def win(store: Store, owner: str, ttl_s: float, answered: Callable[[], None]) -> Term:
     """Wait until this process leads. `answered` is called at every answer from Redis.
 
-    Redis being away is waited for, with one line in the log: services start in any order.
+    Redis being away is waited for, with one line in the log per cause: services start in any
+    order.
     """
     leader = ""
-    away = False
+    seen = 0  # its epoch
+    trouble: Trouble | None = None
     while True:
         try:
-            if away and leader:
+            if trouble is not None:
                 await store.ping()
                 await asyncio.sleep(ttl_s)
-            grant = await store.acquire(owner, ttl_s)
+                seen = 0
+            grant = await store.acquire(owner, ttl_s, seen)
         except StoreError as error:
-            if not away:
-                log.warning("redis does not answer: waiting for it", reason=str(error))
-            away = True
+            if error.trouble is not trouble:
+                trouble = error.trouble
+                log.error(
+                    "redis does not serve: waiting for it",
+                    kind=trouble,
+                    reason=str(error),
+                    advice=ADVICE[trouble],
+                )
             await asyncio.sleep(_POLL_S)
             continue
-        away = False
+        trouble = None
         answered()
         if not isinstance(grant, Held):
             log.info("leading", epoch=grant, owner=owner)
             return Term(grant, owner, ttl_s)
+        seen = grant.epoch
         if grant.owner != leader:
             log.info("standby: another scheduler leads this shard", leader=grant.owner)
             leader = grant.owner
@@ -84,7 +95,7 @@ async def keep(store: Store, term: Term, journal: Journal) -> None:
         except FencedError:
             raise
         except StoreError as error:
-            journal.lose(str(error), losses)
+            journal.lose(error, losses)
             continue
         if seq < confirmed:
-            journal.lose(f"redis holds write {seq} of {confirmed}", losses)
+            journal.lose(StoreLost(f"redis holds write {seq} of {confirmed}"), losses)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from fastserve.scheduler.core import CostModel
 
@@ -80,6 +82,12 @@ class Metrics:
             "Predicted for a prompt of 512 tokens alone",
             "worker",
         )
+        self.redis_errors = counter(
+            "fastserve_redis_errors", "Round trips to Redis that failed or were slow", "kind"
+        )
+        self.redis_backlog = gauge(
+            "fastserve_redis_backlog_jobs", "Jobs whose last changes are not in Redis"
+        )
         self.durable = gauge("fastserve_durable", "1 if what gateways have seen is in Redis")
         self.leader = gauge("fastserve_leader", "1 if this process leads the shard")
         self.workers = gauge("fastserve_workers_connected", "Workers with an open stream")
@@ -122,3 +130,18 @@ class Metrics:
         if model:
             self.running.labels(model, "0").set(running)
             self.waiting.labels(model, "0").set(sum(depths))
+
+
+class NamesShard(Collector):
+    """All metrics of a registry with the label `shard`, for the endpoint of the process."""
+
+    def __init__(self, registry: CollectorRegistry, shard: str) -> None:
+        self._registry = registry
+        self._shard = {"shard": shard}
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [
+                sample._replace(labels=self._shard | sample.labels) for sample in metric.samples
+            ]
+            yield metric

@@ -20,9 +20,10 @@ from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import Scheduler
 from fastserve.scheduler.leader import Leader, core_config
 from fastserve.scheduler.lease import Term
-from fastserve.scheduler.metrics import Metrics
+from fastserve.scheduler.metrics import Metrics, NamesShard
 from fastserve.scheduler.settings import SchedulerSettings
-from fastserve.scheduler.store import FencedError, Store, StoreError
+from fastserve.scheduler.store import Store
+from fastserve.scheduler.store_errors import FencedError, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -75,7 +76,12 @@ class Service:
             Scheduler(core_config(settings))  # an unknown policy must show now
         except ValueError as error:
             raise StartupError(str(error)) from error
-        self._store = Store(settings.redis_url, settings.shard, settings.redis_timeout)
+        self._store = Store(
+            settings.redis_url,
+            settings.shard,
+            settings.redis_timeout,
+            on_trouble=lambda trouble: self._metrics.redis_errors.labels(trouble).inc(),
+        )
 
     @property
     def leader(self) -> Leader | None:
@@ -129,10 +135,13 @@ class Service:
 
 async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
     """The whole process, for `run_service`. Raises `StartupError`."""
+    structlog.contextvars.bind_contextvars(shard=settings.shard)
     service = Service(settings)
     await service.start()
+    shown = CollectorRegistry()
+    shown.register(NamesShard(service.registry, settings.shard))
     try:
-        metrics_port = serve_metrics(service.registry, settings.metrics_host, settings.metrics_port)
+        metrics_port = serve_metrics(shown, settings.metrics_host, settings.metrics_port)
     except OSError as error:
         raise StartupError(f"metrics port {settings.metrics_port}: {error}") from error
 

@@ -15,6 +15,7 @@ def snapshot(
     core: Scheduler,
     links: Iterable[WorkerLink],
     *,
+    shard: str,
     epoch: int,
     durable: bool,
     uptime_s: float,
@@ -23,6 +24,7 @@ def snapshot(
 ) -> scheduler_pb2.SnapshotResponse:
     """Reads everything at once, so that the numbers belong together."""
     reply = scheduler_pb2.SnapshotResponse(
+        shard=shard,
         epoch=epoch,
         policy=core.config.policy,
         durable=durable,

@@ -8,103 +8,44 @@ that Redis holds tells that Redis has lost something.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final, cast
 
 import structlog
-from google.protobuf import json_format
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from fastserve.common.errors import StartupError
-from fastserve.proto.v1.sampling_pb2 import SamplingParams
+from fastserve.scheduler.store_errors import (
+    ADVICE,
+    FencedError,
+    StoreError,
+    StoreLost,
+    StoreUnreachable,
+    Trouble,
+    store_error,
+)
+from fastserve.scheduler.stored import FIELDS, Batch, StoredJob, decode, encode
 
 logger = structlog.get_logger(__name__)
 
 LEVELS: Final = 64  # of the key schema; more than any policy uses
 _SUPERSEDED: Final = -2  # renew in lease.lua
-_LOAD_CHUNK: Final = 100  # jobs read in one round trip
-
-
-class StoreError(Exception):
-    """Root of what can go wrong with Redis.
-
-    StoreError
-    ├── StoreUnreachable   it does not answer, or not in time, or refuses to work
-    ├── StoreLost          it answers, but does not hold what it once confirmed
-    └── FencedError        a newer leader took over: stop
-    """
-
-
-class StoreUnreachable(StoreError):
-    """Redis does not answer, or not in time, or refuses commands."""
-
-
-class StoreLost(StoreError):
-    """Redis came back without (all of) what it had confirmed."""
-
-
-class FencedError(StoreError):
-    """Another scheduler leads this shard now; nothing was written."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredJob:
-    """A job as Redis holds it. Times are unix seconds; `finish_reason` "" while it lives."""
-
-    job_id: str
-    tenant: str
-    tenant_weight: float
-    service_class: str
-    priority: int
-    arrival_unix_s: float
-    deadline_unix_s: float  # 0: none
-    min_output_tokens: int
-    traceparent: str
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    level: int
-    order: int  # place within the level
-    attained_s: float
-    preemptions: int
-    state: str
-    output: Sequence[int]
-    finish_reason: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a job stands among the others."""
-
-    job_id: str
-    level: int
-    order: int
-    attained_s: float
-    preemptions: int
-    state: str
-
-
-@dataclass(slots=True)
-class Batch:
-    """Changes to be written together. A job is in `whole` or in the others, `ended` apart."""
-
-    whole: list[StoredJob] = field(default_factory=list)
-    appended: list[tuple[str, Sequence[int]]] = field(default_factory=list)
-    placed: list[Placement] = field(default_factory=list)
-    ended: list[tuple[str, str, str, str]] = field(default_factory=list)  # id, state, reason, error
-    forgotten: list[str] = field(default_factory=list)
-    workers: dict[str, str] = field(default_factory=dict)  # id -> JSON, for people only
+_LOAD_CHUNK: Final = 500  # jobs read in one round trip, a call of some 10 ms
+_SLOW_S: Final = 0.05  # of a round trip; a hundred times what it should take
+_SLOW_LOG_S: Final = 10.0  # between two lines about it
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """The lease is another's."""
 
+    epoch: int
     owner: str
     remaining_s: float
 
@@ -112,8 +53,17 @@ class Held:
 class Store:
     """One shard in Redis. Calls raise `StoreError`s only."""
 
-    def __init__(self, url: str, shard: str, timeout_s: float) -> None:
-        """`timeout_s` bounds every round trip. Raises `StartupError` for a malformed URL."""
+    def __init__(
+        self,
+        url: str,
+        shard: str,
+        timeout_s: float,
+        on_trouble: Callable[[Trouble], None] = lambda _: None,
+    ) -> None:
+        """`timeout_s` bounds every round trip; `on_trouble` counts those that failed or were slow.
+
+        Raises `StartupError` for a malformed URL.
+        """
         try:
             self._redis = Redis.from_url(
                 url,
@@ -128,9 +78,12 @@ class Store:
         except ValueError as error:
             raise StartupError(f"redis URL: {error}") from error
         self._timeout_s = timeout_s
+        self._on_trouble = on_trouble
+        self._slow_told = float("-inf")
         self._base = f"fastserve:{{{shard}}}:"
         self._keys = [f"{self._base}epoch"]
         self._write = self._redis.register_script(_script("write"))
+        self._read = self._redis.register_script(_script("read"))
         self._lease = self._redis.register_script(_script("lease"))
 
     async def close(self) -> None:
@@ -140,14 +93,23 @@ class Store:
         """Raises `StoreUnreachable` if there is no answer."""
         await self._ask(cast(Any, self._redis.ping()))
 
-    async def acquire(self, owner: str, ttl_s: float) -> int | Held:
-        """Take the lease if it is free: the new epoch, else who holds it."""
+    async def evicts(self) -> bool:
+        """Whether Redis may drop jobs to make room, instead of refusing writes."""
+        info = await self._ask(cast(Any, self._redis.info("memory")))
+        return bool(info.get("maxmemory")) and info.get("maxmemory_policy") != "noeviction"
+
+    async def acquire(self, owner: str, ttl_s: float, seen: int = 0) -> int | Held:
+        """Take the lease if it is free: the new epoch, else who holds it.
+
+        Raises `StoreLost` if it is free because Redis has lost epoch `seen`.
+        """
         epoch, left_ms, held = await self._run(
-            self._lease, ["acquire", owner, _milliseconds(ttl_s)]
+            self._lease, ["acquire", owner, _milliseconds(ttl_s), seen]
         )
         if epoch:
             return int(epoch)
-        return Held(held.partition(" ")[2], max(0, left_ms) / 1e3)
+        held_epoch, _, leader = held.partition(" ")
+        return Held(int(held_epoch), leader, max(0, left_ms) / 1e3)
 
     async def renew(self, epoch: int, owner: str, ttl_s: float) -> int:
         """Keep the lease; the number of the last write that Redis holds, -1 if it forgot us.
@@ -156,7 +118,7 @@ class Store:
         """
         seq = await self._run(self._lease, ["renew", epoch, _milliseconds(ttl_s), owner])
         if seq == _SUPERSEDED:
-            raise FencedError(f"epoch {epoch} is over")
+            raise self._counted(FencedError(f"epoch {epoch} is over"))
         return int(seq)
 
     async def release(self, epoch: int) -> None:
@@ -173,8 +135,8 @@ class Store:
         """
         previous = -1 if resync else seq - 1
         head = [epoch, seq, previous, f"{now_unix_s:.3f}", keep_s]
-        if not await self._run(self._write, [*head, *_encode(batch)]):
-            raise StoreLost(f"write {seq} is older than what Redis holds")
+        if not await self._run(self._write, [*head, *encode(batch)]):
+            raise self._counted(StoreLost(f"write {seq} is older than what Redis holds"))
 
     async def job_ids(self) -> list[str]:
         """All jobs held, live ones first, in the order of their levels."""
@@ -191,36 +153,45 @@ class Store:
         jobs: list[StoredJob] = []
         for start in range(0, len(ids), _LOAD_CHUNK):
             chunk = ids[start : start + _LOAD_CHUNK]
-            pipe = self._redis.pipeline(transaction=False)
-            for job_id in chunk:
-                pipe.hgetall(f"{self._base}job:{job_id}")
-                pipe.get(f"{self._base}log:{job_id}")
-            replies = await self._ask(pipe.execute())
-            for index, job_id in enumerate(chunk):
-                fields, log = replies[2 * index], replies[2 * index + 1]
-                if fields and log is not None:  # else it expired meanwhile
-                    try:
-                        jobs.append(_decode(job_id, fields, log))
-                    except (KeyError, ValueError, json_format.ParseError) as error:
-                        logger.error("job in redis is unreadable", job=job_id, reason=repr(error))
+            replies = await self._run(self._read, [len(FIELDS), *FIELDS, *chunk])
+            for job_id, (*values, log) in zip(chunk, replies, strict=True):
+                if log is None or values[0] is None:
+                    continue  # it expired meanwhile
+                try:
+                    jobs.append(decode(job_id, dict(zip(FIELDS, values, strict=True)), log))
+                except (TypeError, ValueError) as error:
+                    logger.error("job in redis is unreadable", job=job_id, reason=repr(error))
         return jobs
 
     async def _run(self, script: Any, args: Sequence[Any]) -> Any:
         return await self._ask(script(keys=self._keys, args=args))
 
     async def _ask(self, call: Awaitable[Any]) -> Any:
+        started = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await call
+                reply = await call
         except TimeoutError as error:
-            raise StoreUnreachable(f"no answer within {self._timeout_s} s") from error
+            late = StoreUnreachable(f"no answer within {self._timeout_s} s", Trouble.TIMEOUT)
+            raise self._counted(late) from error
         except RedisError as error:
-            message = str(error)
-            if message.startswith("FENCED"):
-                raise FencedError(message) from error
-            if message.startswith("LOST"):
-                raise StoreLost(message) from error
-            raise StoreUnreachable(f"{type(error).__name__}: {message}") from error
+            raise self._counted(store_error(error)) from error
+        took = time.monotonic() - started
+        if took > _SLOW_S:
+            self._slow(took)
+        return reply
+
+    def _counted(self, error: StoreError) -> StoreError:
+        self._on_trouble(error.trouble)
+        return error
+
+    def _slow(self, took_s: float) -> None:
+        """Count it, and say so from time to time."""
+        self._on_trouble(Trouble.SLOW)
+        now = time.monotonic()
+        if now - self._slow_told > _SLOW_LOG_S:
+            self._slow_told = now
+            logger.warning("redis is slow", took_s=round(took_s, 3), advice=ADVICE[Trouble.SLOW])
 
 
 def _script(name: str) -> str:
@@ -229,75 +200,3 @@ def _script(name: str) -> str:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1e3))
-
-
-def _tokens(tokens: Iterable[int]) -> str:
-    """Comma after every token, so that logs grow by appending."""
-    return "".join([f"{token}," for token in tokens])
-
-
-def _parse_tokens(text: str) -> list[int]:
-    return [int(token) for token in text.split(",")[:-1]]
-
-
-def _encode(batch: Batch) -> list[Any]:
-    """Arguments 6 and up of write.lua."""
-    appended = "".join([f"{job_id} {_tokens(new)}\n" for job_id, new in batch.appended])
-    placed = "".join(
-        [
-            f"{at.job_id} {at.level} {at.order} {at.attained_s!r} {at.preemptions} {at.state}\n"
-            for at in batch.placed
-        ]
-    )
-    args: list[Any] = [appended, placed, len(batch.whole)]
-    for job in batch.whole:
-        fields = _fields(job)
-        args += [job.job_id, job.level, job.order, _tokens(job.output), len(fields), *fields]
-    args.append(len(batch.ended))
-    for ended in batch.ended:
-        args += ended
-    args += [len(batch.forgotten), *batch.forgotten, len(batch.workers)]
-    for worker in batch.workers.items():
-        args += worker
-    return args
-
-
-def _fields(job: StoredJob) -> list[Any]:
-    sampling = json_format.MessageToJson(
-        job.sampling, preserving_proto_field_name=True, indent=None
-    )
-    return [
-        *("tenant", job.tenant, "tenant_weight", repr(job.tenant_weight)),
-        *("min_output_tokens", job.min_output_tokens),
-        *("service_class", job.service_class, "priority", job.priority),
-        *("arrival_unix_s", repr(job.arrival_unix_s)),
-        *("deadline_unix_s", repr(job.deadline_unix_s)),
-        *("traceparent", job.traceparent, "sampling", sampling, "prompt", _tokens(job.prompt)),
-        *("attained_s", repr(job.attained_s), "preemptions", job.preemptions),
-        *("state", job.state, "finish_reason", job.finish_reason, "error", job.error),
-    ]
-
-
-def _decode(job_id: str, fields: Mapping[str, str], log: str) -> StoredJob:
-    return StoredJob(
-        job_id=job_id,
-        tenant=fields["tenant"],
-        # Not written by earlier versions.
-        tenant_weight=float(fields.get("tenant_weight", 1.0)),
-        min_output_tokens=int(fields.get("min_output_tokens", 1)),
-        service_class=fields["service_class"],
-        priority=int(fields["priority"]),
-        arrival_unix_s=float(fields["arrival_unix_s"]),
-        deadline_unix_s=float(fields["deadline_unix_s"]),
-        traceparent=fields["traceparent"],
-        prompt=_parse_tokens(fields["prompt"]),
-        sampling=json_format.Parse(fields["sampling"], SamplingParams()),
-        level=int(fields["level"]),
-        order=int(fields["order"]),
-        attained_s=float(fields["attained_s"]),
-        preemptions=int(fields["preemptions"]),
-        state=fields["state"],
-        output=_parse_tokens(log),
-        finish_reason=fields["finish_reason"],
-        error=fields["error"],
-    )

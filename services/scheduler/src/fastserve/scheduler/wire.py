@@ -91,10 +91,10 @@ def inventory_of(report: worker_pb2.IterationReport) -> Inventory:
         raise ProtocolError("inventory with arrays of unequal length") from error
 
 
-def reset_plan(epoch: int) -> worker_pb2.RunRequest:
+def reset_plan(shard: str, epoch: int) -> worker_pb2.RunRequest:
     """The first plan of a stream."""
     return worker_pb2.RunRequest(
-        plan=worker_pb2.Plan(plan_id=RESET_PLAN_ID, scheduler_epoch=epoch, reset=True)
+        plan=worker_pb2.Plan(plan_id=RESET_PLAN_ID, scheduler_epoch=epoch, reset=True, shard=shard)
     )
 
 

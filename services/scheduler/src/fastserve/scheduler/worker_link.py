@@ -19,7 +19,7 @@ from fastserve.proto.v1 import worker_pb2, worker_pb2_grpc
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import Inventory, Plan, ProtocolError, WorkerInfo
 from fastserve.scheduler.metrics import Metrics
-from fastserve.scheduler.store import FencedError
+from fastserve.scheduler.store_errors import FencedError
 from fastserve.scheduler.wire import StreamCodec, inventory_of, reset_plan, worker_info
 
 log = structlog.get_logger(__name__)
@@ -48,7 +48,13 @@ class WorkerLink:
     """The stream to the worker at `address`, and what the last report said."""
 
     def __init__(
-        self, address: str, epoch: int, director: Director, clock: Clock, metrics: Metrics
+        self,
+        address: str,
+        shard: str,
+        epoch: int,
+        director: Director,
+        clock: Clock,
+        metrics: Metrics,
     ) -> None:
         self.address = address
         self.described: worker_pb2.DescribeResponse | None = None  # while connected
@@ -56,6 +62,7 @@ class WorkerLink:
         self.free_host_blocks = 0
         self.iterations = 0
         self.stream: StreamCodec | None = None
+        self._shard = shard
         self._epoch = epoch
         self._director = director
         self._clock = clock
@@ -111,7 +118,7 @@ class WorkerLink:
         described = await stub.Describe(worker_pb2.DescribeRequest(), timeout=_DESCRIBE_TIMEOUT_S)
         call = stub.Run()
         try:
-            await call.write(reset_plan(self._epoch))
+            await call.write(reset_plan(self._shard, self._epoch))
             async with asyncio.timeout(_INVENTORY_TIMEOUT_S):
                 report = await self._read(call, described.epoch)
                 while not report.HasField("inventory"):

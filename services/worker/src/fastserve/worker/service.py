@@ -41,6 +41,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
         self._tracer = IterationTracer()
         self._outgoing: asyncio.Queue[pb.IterationReport | None] | None = None
         self._scheduler_epoch = 0
+        self._shard: str | None = None  # of the first scheduler; epochs of others mean nothing
         self._newest: object = None  # the stream that opened last
         self._turn = asyncio.Lock()
 
@@ -58,12 +59,17 @@ class Worker(pb_grpc.WorkerServiceServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "the first plan must be a reset and nothing else"
             )
+        if self._shard not in (None, plan.shard):
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"this worker belongs to shard {self._shard!r}, not {plan.shard!r}",
+            )
         if plan.scheduler_epoch < self._scheduler_epoch:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"a scheduler with epoch {self._scheduler_epoch} is served already",
             )
-        self._scheduler_epoch = plan.scheduler_epoch
+        self._shard, self._scheduler_epoch = plan.shard, plan.scheduler_epoch
         this = self._newest = object()
         if self._outgoing is not None:
             self._outgoing.put_nowait(None)  # ends the stream before this one
@@ -78,7 +84,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
                 )
             self._outgoing = outgoing
             outgoing.put_nowait(inventory)
-            reader = asyncio.create_task(self._read(request_iterator, outgoing, plan.plan_id))
+            reader = asyncio.create_task(self._read(request_iterator, outgoing, plan))
             try:
                 while (report := await outgoing.get()) is not None:
                     yield pb.RunResponse(report=report)
@@ -95,14 +101,19 @@ class Worker(pb_grpc.WorkerServiceServicer):
         self,
         requests: AsyncIterator[pb.RunRequest],
         outgoing: asyncio.Queue[pb.IterationReport | None],
-        last: int,
+        reset: pb.Plan,
     ) -> None:
-        """Hand plans to the engine thread until the scheduler ends its side. last: id of the
-        reset plan."""
+        """Hand plans to the engine thread until the scheduler ends its side."""
+        last = reset.plan_id
         try:
             async for request in requests:
                 if request.plan.plan_id <= last:
                     raise BadPlan(f"plan {request.plan.plan_id} after plan {last}")
+                if request.plan.scheduler_epoch != reset.scheduler_epoch:
+                    raise BadPlan(
+                        f"epoch {request.plan.scheduler_epoch} on a stream of "
+                        f"epoch {reset.scheduler_epoch}"
+                    )
                 last = request.plan.plan_id
                 plan = plan_from(request.plan)
                 self._thread.post(lambda engine, plan=plan: engine.apply(plan))  # type: ignore[misc]

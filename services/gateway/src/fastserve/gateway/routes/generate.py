@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +11,17 @@ from opentelemetry import trace
 from starlette.responses import Response
 
 from fastserve.common.telemetry import traceparent_of
+from fastserve.gateway.answer_ids import new_answer_id
 from fastserve.gateway.answers import AnswerFormat, Collected, Head, Usage
 from fastserve.gateway.disconnect import unless_gone
 from fastserve.gateway.errors import ApiError, InvalidRequestError, UnavailableError
-from fastserve.gateway.generation import Choice, Generation, TextOptions, api_error
+from fastserve.gateway.generation import (
+    Choice,
+    Generation,
+    TextOptions,
+    answer_not_found,
+    api_error,
+)
 from fastserve.gateway.jobs import SchedulerLostError
 from fastserve.gateway.metrics import RequestTimes
 from fastserve.gateway.middleware import note_error, started_at
@@ -121,7 +127,10 @@ async def _begin(
         gateway.metrics.capped_class.inc()
     count = (body.n or 1) * endpoint.prompts
     resume = resume_of(body, request.headers, count)
-    response_id = resume.response_id if resume else f"{endpoint.id_prefix}-{uuid.uuid4().hex}"
+    client = gateway.shards.of(resume.response_id) if resume else gateway.shards.choose(count)
+    if client is None:
+        raise answer_not_found()
+    response_id = resume.response_id if resume else new_answer_id(endpoint.id_prefix, client.shard)
     describe_request(endpoint.operation, body, ordering, response_id)
     sampling = sampling_of(body, gateway.tokenizer)
     if endpoint.logprobs is not None:
@@ -142,9 +151,7 @@ async def _begin(
     seen = resume.seen if resume else [0] * count
     choices = [Choice(at, gateway.tokenizer, options, seen[at]) for at in range(count)]
     times = RequestTimes(gateway.metrics, model, started_at(request.scope), len(submits))
-    generation = await Generation.start(
-        gateway.client, submits, choices, times, attach=resume is not None
-    )
+    generation = await Generation.start(client, submits, choices, times, attach=resume is not None)
     prompt_tokens = sum(map(len, prompts))
     gateway.metrics.prompt_tokens.labels(model).observe(prompt_tokens)
     head = Head(response_id, int(time.time()), model, tier_of(body, ordering))
@@ -169,12 +176,13 @@ def _check(gateway: Gateway, body: GenerationBody) -> None:
 async def _limit(gateway: Gateway) -> int:
     """Tokens that a job may have, prompt and output. Raises `UnavailableError`."""
     try:
-        welcome = await gateway.client.limits()
+        await gateway.shards.known()
     except SchedulerLostError as error:
         raise api_error(error) from error
-    if not welcome.max_job_tokens:
+    longest = gateway.max_model_len
+    if longest is None:
         raise UnavailableError("no worker has connected yet", "no_workers")
-    return welcome.max_job_tokens
+    return longest
 
 
 def _submits(

@@ -20,8 +20,8 @@ router = APIRouter(tags=["Status"])
 
 @router.get("/health", summary="Whether this process works, and what it sees of the scheduler")
 async def health(request: Request) -> dict[str, Any]:
-    client = gateway_of(request).client
-    return {"status": "ok", "scheduler_connected": client.connected, "ready": client.ready}
+    shards = gateway_of(request).shards
+    return {"status": "ok", "scheduler_connected": shards.connected, "ready": shards.ready}
 
 
 @router.get("/livez", summary="Whether this process works")
@@ -31,10 +31,10 @@ async def livez() -> dict[str, str]:
 
 @router.get("/readyz", summary="Whether requests are served", responses=READY_ERRORS)
 async def readyz(request: Request) -> dict[str, str]:
-    client = gateway_of(request).client
-    if not client.connected:
+    shards = gateway_of(request).shards
+    if not shards.connected:
         raise UnavailableError("there is no stream to a scheduler", "scheduler_unavailable")
-    if not client.ready:
+    if not shards.ready:
         raise UnavailableError("the scheduler has no worker", "no_workers")
     return {"status": "ready"}
 

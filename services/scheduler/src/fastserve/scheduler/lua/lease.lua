@@ -4,11 +4,12 @@
 -- ARGV  1 acquire | renew | release
 --       2 owner (acquire), epoch (renew, release)
 --       3 milliseconds the lease lasts (acquire, renew)
---       4 owner (renew)
+--       4 owner (renew), the highest epoch that the caller has heard of (acquire)
 --
 -- acquire returns {epoch, 0, ''}, or {0, milliseconds left, '<epoch> <owner>'} while it is held. The
 --   new epoch is at least the unix time in seconds: a Redis that came back empty must not hand out
---   an epoch that workers have seen before.
+--   an epoch that workers have seen before. Error: LOST (Redis has forgotten that epoch: its leader
+--   may live and have everything in memory).
 -- renew returns the number of the last write that Redis holds of this epoch, -1 if it had forgotten
 --   the epoch (it is told again), -2 when another leader came. A lease that lapsed is taken up
 --   again if nobody had it since.
@@ -22,6 +23,9 @@ if ARGV[1] == 'acquire' then
   local held = call('GET', base .. 'lease')
   if held then
     return {0, call('PTTL', base .. 'lease'), held}
+  end
+  if epoch < tonumber(ARGV[4]) then
+    return redis.error_reply('LOST: epoch ' .. ARGV[4])
   end
   epoch = math.max(epoch + 1, tonumber(call('TIME')[1]))
   call('SET', KEYS[1], string.format('%d', epoch))
