@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +96,7 @@ class Pod:
             return await stub.Stats(kv_offload_pb2.StatsRequest())
 
     def metrics(self) -> dict[str, float]:
-        port = self.worker.info["metrics_port"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            lines = response.read().decode().splitlines()
-        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs}
+        return self.worker.metrics()
 
 
 @pytest.fixture(scope="module")
