@@ -85,10 +85,11 @@ class Caller:
             )
         )
 
-    async def store(self, job: str, count: int, size: int = BLOCK_BYTES) -> None:
-        """Blocks 0 .. count-1 of a job, as a worker stores them."""
-        slots = await self.reserve(job, *range(count))
-        data = [content(job, index, size) for index in range(count)]
+    async def store(self, job: str, count: int, size: int = BLOCK_BYTES, first: int = 0) -> None:
+        """`count` blocks of a job from `first`, as a worker stores them."""
+        indexes = range(first, first + count)
+        slots = await self.reserve(job, *indexes)
+        data = [content(job, index, size) for index in indexes]
         for slot, block in zip(slots, data, strict=True):
             self.overwrite(slot, block)
         checksums = [xxhash.xxh3_64_intdigest(block) for block in data]
@@ -164,6 +165,8 @@ class Reading:
     async def end(self) -> None:
         """The sidecar has taken note of everything."""
         await self._call.done_writing()
+        while await asyncio.wait_for(self._call.read(), 20) is not grpc.aio.EOF:
+            pass  # a piece that was on its way; the status comes after it
         assert await asyncio.wait_for(self._call.code(), 20) is grpc.StatusCode.OK
 
 

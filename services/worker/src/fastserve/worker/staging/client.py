@@ -178,13 +178,11 @@ class KvStaging:
             await call.write(pb.ReadRequest(damaged=not intact))
             if not intact:
                 log.error("a host copy is damaged", job_id=job_id)
-                await call.done_writing()
-                await asyncio.wait_for(call.code(), _TIMEOUT_S)  # it has heard
+                await _ended(call)
                 raise HostCopyLost(f"job {job_id}: checksum of a host copy differs")
             done += len(piece.slots)
             tokens += sum(piece.valid_tokens)
-        await call.done_writing()
-        await asyncio.wait_for(call.code(), _TIMEOUT_S)
+        await _ended(call)
         return tokens
 
     async def release(self, job_ids: Sequence[str]) -> None:
@@ -239,6 +237,14 @@ class KvStaging:
                 with contextlib.suppress(StagingError):
                     reply = await self._call(self._stub.Renew, pb.RenewRequest(**self._who()))
                     self.free_host_blocks = reply.free_blocks
+
+
+async def _ended(call: Read) -> None:
+    """Wait until the sidecar has heard everything. A piece may be on its way; the end is after."""
+    await call.done_writing()
+    async with asyncio.timeout(_TIMEOUT_S):
+        while await call.read() is not grpc.aio.EOF:
+            pass
 
 
 def _reason(error: Exception) -> str:
