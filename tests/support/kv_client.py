@@ -34,7 +34,7 @@ def attach(
     )
 
 
-async def refused(call: Awaitable[object], code: grpc.StatusCode, why: str) -> None:
+async def refused(call: Awaitable[object], code: grpc.StatusCode, why: str | None = None) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match=why) as caught:
         await call
     assert caught.value.code() is code

@@ -499,9 +499,10 @@ class KvPeerServiceServicer:
 
     def Import(self, request_iterator, context):
         """All blocks of one job, block by block in pieces. They become readable together, when the stream
-        has ended and every checksum is right; else none does. NOT_FOUND: no such worker here.
-        FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has blocks of this job.
-        RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+        has ended and every checksum is right; else none does. Once there are slots for them, the
+        initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+        such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+        blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

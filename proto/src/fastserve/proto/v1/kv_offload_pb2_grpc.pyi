@@ -221,9 +221,10 @@ class KvPeerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KvPeerServiceAsyncStub: ...
     Import: _grpc.StreamUnaryMultiCallable[_kv_offload_pb2.ImportRequest, _kv_offload_pb2.ImportResponse]
     """All blocks of one job, block by block in pieces. They become readable together, when the stream
-    has ended and every checksum is right; else none does. NOT_FOUND: no such worker here.
-    FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has blocks of this job.
-    RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+    has ended and every checksum is right; else none does. Once there are slots for them, the
+    initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+    such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+    blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
     """
 
 @_typing.type_check_only
@@ -235,9 +236,10 @@ class KvPeerServiceAsyncStub(KvPeerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Import: _aio.StreamUnaryMultiCallable[_kv_offload_pb2.ImportRequest, _kv_offload_pb2.ImportResponse]  # type: ignore[assignment]
     """All blocks of one job, block by block in pieces. They become readable together, when the stream
-    has ended and every checksum is right; else none does. NOT_FOUND: no such worker here.
-    FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has blocks of this job.
-    RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+    has ended and every checksum is right; else none does. Once there are slots for them, the
+    initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+    such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+    blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
     """
 
 class KvPeerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -252,9 +254,10 @@ class KvPeerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_offload_pb2.ImportResponse, _abc.Awaitable[_kv_offload_pb2.ImportResponse]]:
         """All blocks of one job, block by block in pieces. They become readable together, when the stream
-        has ended and every checksum is right; else none does. NOT_FOUND: no such worker here.
-        FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has blocks of this job.
-        RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+        has ended and every checksum is right; else none does. Once there are slots for them, the
+        initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+        such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+        blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
         """
 
 def add_KvPeerServiceServicer_to_server(servicer: KvPeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +20,9 @@ from fastserve.kv_offload.status import Context
 Handler = grpc.RpcMethodHandler
 Q = TypeVar("Q")
 R = TypeVar("R")
+_HEAR_S = 5.0
 _KEY = "authorization"
+ACCEPTED = ("fastserve-import", "accepted")  # initial metadata of an Import that has its slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +97,16 @@ class TokenCheck(grpc.aio.ServerInterceptor):
             return handler
         self._metrics.failed("peer_auth")
         if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(_refuse)
+            return grpc.stream_unary_rpc_method_handler(_refuse_stream)
         return grpc.unary_unary_rpc_method_handler(_refuse)
 
 
 async def _refuse(_: object, context: Context) -> Any:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the peer token is missing or wrong")
+
+
+async def _refuse_stream(requests: AsyncIterator[object], context: Context) -> Any:
+    # A caller that is still writing when the call ends may not see the status: hear it out once.
+    with contextlib.suppress(TimeoutError, StopAsyncIteration):
+        await asyncio.wait_for(anext(requests), _HEAR_S)
+    await _refuse(requests, context)

@@ -23,7 +23,7 @@ from fastserve.kv_offload.errors import (
 )
 from fastserve.kv_offload.metrics import Metrics
 from fastserve.kv_offload.owners import Owner
-from fastserve.kv_offload.peer_auth import PeerAuth
+from fastserve.kv_offload.peer_auth import ACCEPTED, PeerAuth
 from fastserve.kv_offload.slots import Block
 from fastserve.proto.v1 import kv_offload_pb2 as pb
 from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
@@ -83,6 +83,10 @@ class PeerClient:
         self, owner: Owner, job_id: str, held: Held, to_worker_id: str, call: Import
     ) -> None:
         await call.write(pb.ImportRequest(header=_header(owner, job_id, held, to_worker_id)))
+        # Not a byte before the peer has found room: a call that ends while it is written to may
+        # lose the status it ended with.
+        if ACCEPTED not in tuple(await call.initial_metadata() or ()):
+            return
         for start in range(0, len(held), owner.tiers.piece):
             await self._send_blocks(owner, held[start : start + owner.tiers.piece], call)
         await call.done_writing()

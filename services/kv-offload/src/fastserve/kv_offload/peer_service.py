@@ -12,6 +12,7 @@ import xxhash
 from fastserve.kv_offload.errors import BlockLost, JobExists, SlotError, StaleCall
 from fastserve.kv_offload.metrics import Metrics
 from fastserve.kv_offload.owners import Layout, Owner, Owners
+from fastserve.kv_offload.peer_auth import ACCEPTED
 from fastserve.kv_offload.slots import Holder
 from fastserve.kv_offload.status import Context, refusing
 from fastserve.proto.v1 import kv_offload_pb2 as pb
@@ -38,6 +39,7 @@ class KvPeers(pb_grpc.KvPeerServiceServicer):
         tiers, job_id = owner.tiers, header.job_id
         slots = await tiers.reserve(job_id, header.block_indexes, Holder.PEER)
         try:
+            await context.send_initial_metadata((ACCEPTED,))
             for index, slot, checksum in zip(
                 header.block_indexes, slots, header.checksums, strict=True
             ):
