@@ -30,7 +30,7 @@ from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
 
 log = structlog.get_logger(__name__)
 PIECE_BYTES = 1 << 20
-_CONNECT_S = 5.0
+_CONNECT_S = 3.0
 Held: TypeAlias = "Sequence[tuple[int, Block]]"
 Import: TypeAlias = "grpc.aio.StreamUnaryCall[pb.ImportRequest, pb.ImportResponse]"
 _REFUSALS: dict[grpc.StatusCode, type[KvError]] = {

@@ -127,10 +127,7 @@ class SlotTable:
         when there will be once blocks have been spilled or read.
         """
         count = len(block_indexes)
-        if len(set(block_indexes)) != count:
-            raise SlotError(f"job {job_id}: a block index is named twice")
-        if count > min(self.room, self.slots):
-            raise PoolFull(f"{count} blocks wanted, room for {min(self.room, self.slots)}")
+        self.check(job_id, block_indexes)
         if count > self.free:
             raise NoFreeSlot(f"{count} slots wanted, {self.free} free")
         job = self._jobs.setdefault(job_id, JobSlots())
@@ -139,6 +136,14 @@ class SlotTable:
             job.reserved[slot] = (index, holder)
         self.reserved += count
         return taken
+
+    def check(self, job_id: str, block_indexes: Sequence[int]) -> None:
+        """Raises `SlotError` or `PoolFull` if `reserve` would, whatever is free at the moment."""
+        count = len(block_indexes)
+        if len(set(block_indexes)) != count:
+            raise SlotError(f"job {job_id}: a block index is named twice")
+        if count > min(self.room, self.slots):
+            raise PoolFull(f"{count} blocks wanted, room for {min(self.room, self.slots)}")
 
     def cancel(self, job_id: str, slots: Sequence[int]) -> None:
         """Free reserved slots that will not be committed. Those freed already are skipped."""

@@ -19,7 +19,7 @@ from typing import TypeVar
 import structlog
 
 from fastserve.kv_offload.disk import THREADS, Corrupt, DiskRegion
-from fastserve.kv_offload.errors import BlockLost, BlockMissing, NoFreeSlot, PoolFull, StaleCall
+from fastserve.kv_offload.errors import BlockLost, BlockMissing, PoolFull, StaleCall
 from fastserve.kv_offload.metrics import Metrics
 from fastserve.kv_offload.pool import Pool, slot_bytes
 from fastserve.kv_offload.slots import Block, Holder, SlotTable
@@ -75,16 +75,13 @@ class Tiers:
         def take() -> None:
             slots.extend(self.table.reserve(job_id, block_indexes, holder))
 
+        self.table.check(job_id, block_indexes)
         try:
-            take()
-        except NoFreeSlot:
-            try:
-                await self._wait(len(block_indexes), take)
-            except asyncio.CancelledError:
-                self.table.cancel(job_id, slots)
-                raise
+            await self._wait(len(block_indexes), take)
+        except asyncio.CancelledError:
+            self.table.cancel(job_id, slots)
+            raise
         self._reserved_at.update(dict.fromkeys(slots, time.perf_counter()))
-        self.changed()
         return slots
 
     def commit(
@@ -253,7 +250,8 @@ class Tiers:
         self._line.append(waiter)
         try:
             self.changed()
-            await asyncio.wait([waiter.done], timeout=PATIENCE_S)
+            if not waiter.done.done():
+                await asyncio.wait([waiter.done], timeout=PATIENCE_S)
         finally:
             if waiter in self._line:
                 self._line.remove(waiter)
