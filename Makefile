@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload benchmarks cli
 STAMP := $(VENV)/.fastserve-installed
 
-.PHONY: help setup run test test-all lint format proto bench-scheduler clean
+.PHONY: help setup run test test-all lint format proto bench-scheduler bench-kv clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ proto: setup ## Generate the gRPC code from proto/fastserve/v1
 
 bench-scheduler: setup ## Time plans, reports and submissions of the scheduler's core
 	@$(BIN)/python -m fastserve.bench.scheduler_speed
+
+bench-kv: setup ## Time KV copies between device and host against a plain memory copy
+	@$(BIN)/python -m fastserve.worker.bench_kv
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

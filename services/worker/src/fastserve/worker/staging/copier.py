@@ -77,12 +77,12 @@ class Copier:
 
     def __init__(self, kv: torch.Tensor, lane: Lane | None = None) -> None:
         self._bytes = kv.shape[1]
-        self._lane = lane or (CudaLane(kv) if kv.device.type == "cuda" else CpuLane(kv))
+        self.lane = lane or (CudaLane(kv) if kv.device.type == "cuda" else CpuLane(kv))
 
     def out(self, pool: HostPool, blocks: Sequence[int], slots: Sequence[int]) -> list[int]:
         """Device to host; the xxh3_64 of each block."""
         views = [pool.slots[slot, : self._bytes] for slot in slots]
-        waits = [self._lane.out(block, view) for block, view in zip(blocks, views, strict=True)]
+        waits = [self.lane.out(block, view) for block, view in zip(blocks, views, strict=True)]
         checksums = []
         for wait, view in zip(waits, views, strict=True):
             wait()
@@ -108,7 +108,7 @@ class Copier:
                 intact = xxhash.xxh3_64_intdigest(view.data) == checksums[number]
                 if not intact:
                     break
-            waits.append(self._lane.back(view, block))
+            waits.append(self.lane.back(view, block))
         # Copies that were started must end, whatever became of the rest: their blocks are reused.
         for wait in waits:
             wait()
