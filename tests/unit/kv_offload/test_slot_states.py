@@ -25,6 +25,15 @@ class Reserved:
     holder: Holder
 
 
+@dataclass
+class Reader:
+    """Has pinned a block with this value, and reads it in this slot once it is there."""
+
+    block: Block
+    value: int
+    slot: int | None = None
+
+
 class Slots(RuleBasedStateMachine):
     """The bytes of a block are one number, its checksum. A writer spoils its slot from the moment
     it is reserved, and a move copies its bytes at its very end: whoever uses a slot too early is
@@ -41,7 +50,7 @@ class Slots(RuleBasedStateMachine):
         self.disk = dict.fromkeys(range(DISK_SLOTS), 0)
         self.reserved: dict[int, Reserved] = {}
         self.committed: dict[tuple[str, int], int] = {}  # -> value
-        self.read: list[tuple[Block, int]] = []  # pinned, with the value then committed
+        self.readers: list[Reader] = []
         self.moving: list[Block] = []
 
     # --- writing ---------------------------------------------------------------------------------
@@ -98,22 +107,26 @@ class Slots(RuleBasedStateMachine):
         for slot in mine:
             del self.reserved[slot]
 
-    @rule()
-    def lease_ends(self) -> None:
+    @rule(really=st.sampled_from([True, *[False] * 9]))
+    def lease_ends(self, really: bool) -> None:
         """The files are given up with the table, once nothing moves."""
-        self.start()
+        if really:
+            self.start()
 
     # --- reading ---------------------------------------------------------------------------------
 
-    @rule(job=JOBS, index=st.integers(0, 6))
-    def open(self, job: str, index: int) -> None:
-        if (job, index) not in self.committed:
-            with pytest.raises(BlockMissing):
-                self.table.find(job, [index])
-            return
+    @rule(job=JOBS)
+    def open_what_is_not_there(self, job: str) -> None:
+        with pytest.raises(BlockMissing):
+            self.table.find(job, [100])
+
+    @precondition(lambda self: self.committed)
+    @rule(data=st.data())
+    def open(self, data: st.DataObject) -> None:
+        job, index = data.draw(st.sampled_from(sorted(self.committed)))
         [block] = self.table.find(job, [index])
         self.table.pin(block)
-        self.read.append((block, self.committed[job, index]))
+        self.readers.append(Reader(block, self.committed[job, index]))
         if block.slot is None:
             if not self.table.free:
                 with pytest.raises(NoFreeSlot):
@@ -124,11 +137,11 @@ class Slots(RuleBasedStateMachine):
             self.host[block.slot] = -next(self.values)  # half read
             self.moving.append(block)
 
-    @precondition(lambda self: self.read)
+    @precondition(lambda self: self.readers)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
-        block, _ = self.read.pop(data.draw(st.integers(0, len(self.read) - 1)))
-        self.table.unpin(block)
+        reader = self.readers.pop(data.draw(st.integers(0, len(self.readers) - 1)))
+        self.table.unpin(reader.block)
 
     # --- moving ----------------------------------------------------------------------------------
 
@@ -177,9 +190,12 @@ class Slots(RuleBasedStateMachine):
                 elif block.move is None:
                     assert block.disk_slot is not None
                     assert self.disk[block.disk_slot] == block.checksum
-        for block, value in self.read:
-            if block.readable:  # forgotten or replaced meanwhile, perhaps; the reader does not know
-                assert self.value(block) == value
+        for reader in self.readers:
+            block = reader.block
+            if reader.slot is None and block.readable:
+                reader.slot = block.slot
+            if reader.slot is not None:  # for good, even if the job was released meanwhile
+                assert block.slot == reader.slot and self.host[reader.slot] == reader.value
 
     def value(self, block: Block) -> int:
         assert block.slot is not None

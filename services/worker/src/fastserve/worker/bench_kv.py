@@ -30,7 +30,9 @@ _PAGE = 4096
 class Bench:
     """`blocks` blocks of `block_bytes`, moved in random order between device and pool."""
 
-    def __init__(self, blocks: int, block_bytes: int, folder: Path, device: str) -> None:
+    def __init__(
+        self, blocks: int, block_bytes: int, folder: Path, device: str, small_pages: bool
+    ) -> None:
         self.size = blocks * block_bytes
         slot = -(-block_bytes // _PAGE) * _PAGE
         with tempfile.NamedTemporaryFile(dir=folder, prefix="fastserve-bench-") as file:
@@ -39,7 +41,10 @@ class Bench:
         begun = time.perf_counter()
         self.pool.prepare(torch.device(device))
         self.prepared = time.perf_counter() - begun
-        self.kv = zero_bytes(self.size, torch.device(device)).view(blocks, block_bytes)
+        zeros = zero_bytes(self.size, torch.device(device))
+        if small_pages:
+            zeros = torch.zeros(self.size, dtype=torch.uint8)
+        self.kv = zeros.view(blocks, block_bytes)
         self.kv.random_(0, 256)
         self.plain_source = np.random.default_rng(0).integers(0, 256, self.size, np.uint8)
         self.plain_target = np.zeros(self.size, np.uint8)
@@ -159,10 +164,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--pool-dir", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small-pages", action="store_true", help="4 KiB pages for the KV cache")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # as many as the copy thread is
     blocks = max(16, (asked.megabytes << 20) // asked.block_bytes)
-    bench = Bench(blocks, asked.block_bytes, asked.pool_dir, asked.device)
+    bench = Bench(blocks, asked.block_bytes, asked.pool_dir, asked.device, asked.small_pages)
     print(f"{blocks} blocks of {asked.block_bytes} bytes, {asked.rounds} rounds, {asked.device}")
     print(f"mapping the pool before use: {bench.prepared * 1e3:.0f} ms")
     seen = rates(bench, asked.rounds)
