@@ -9,7 +9,7 @@ MUTANTS ?= 120
 MUTATED ?= core\.(planner|kv_planner|reports|group|run_queue|draft|policies)
 STAMP := $(VENV)/.fastserve-installed
 
-.PHONY: help setup run test test-all mutation lint format proto bench-scheduler bench-redis clean
+.PHONY: help setup run test test-all mutation lint format proto bench-scheduler bench-redis bench-kv clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench-scheduler: setup ## Time plans, reports and submissions of the scheduler's
 
 bench-redis: setup ## Time the write of an iteration to Redis, and the recovery of 10,000 jobs
 	@$(BIN)/python -m fastserve.bench.redis_speed
+
+bench-kv: setup ## Time KV copies between device and host against a plain memory copy
+	@$(BIN)/python -m fastserve.worker.bench_kv
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

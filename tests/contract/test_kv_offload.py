@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import grpc
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from fastserve.common.rpc import channel
 from fastserve.proto.v1 import kv_offload_pb2 as pb
 from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
+from support.kv_client import Caller, Stub, attach, refused
 from support.processes import Running, service
 
 
@@ -29,51 +28,6 @@ async def stub(sidecar: Running) -> AsyncIterator[pb_grpc.KvOffloadServiceAsyncS
         yield pb_grpc.KvOffloadServiceStub(connection)
 
 
-Stub: TypeAlias = "pb_grpc.KvOffloadServiceAsyncStub"
-
-
-def attach(epoch: int = 1, layout: str = "l", worker: str = "w") -> pb.AttachRequest:
-    return pb.AttachRequest(
-        worker_id=worker, worker_epoch=epoch, block_bytes=5000, block_size=16, layout=layout
-    )
-
-
-class Caller:
-    """Calls with the epochs filled in."""
-
-    def __init__(self, stub: Stub, attached: pb.AttachResponse, epoch: int = 1) -> None:
-        self.stub = stub
-        self.who: dict[str, Any] = {
-            "worker_id": "w",
-            "worker_epoch": epoch,
-            "sidecar_epoch": attached.sidecar_epoch,
-        }
-
-    async def reserve(self, job: str, *indexes: int) -> list[int]:
-        request = pb.ReserveRequest(job_id=job, block_indexes=indexes, **self.who)
-        return list((await self.stub.Reserve(request)).slots)
-
-    async def commit(self, job: str, slots: list[int], tokens: list[int]) -> None:
-        await self.stub.Commit(
-            pb.CommitRequest(
-                job_id=job,
-                slots=slots,
-                valid_tokens=tokens,
-                checksums=[2**64 - 1] * len(slots),
-                **self.who,
-            )
-        )
-
-    async def lookup(self, *jobs: str) -> pb.LookupResponse:
-        return await self.stub.Lookup(pb.LookupRequest(job_ids=jobs, **self.who))
-
-
-async def refused(call: object, code: grpc.StatusCode, why: str) -> None:
-    with pytest.raises(grpc.aio.AioRpcError, match=why) as caught:
-        await call  # type: ignore[misc]
-    assert caught.value.code() is code
-
-
 async def test_a_block_goes_out_and_comes_back(stub: Stub, sidecar: Running) -> None:
     attached = await stub.Attach(attach())
     assert (attached.slots, attached.slot_bytes) == (4, 8192)
@@ -88,14 +42,21 @@ async def test_a_block_goes_out_and_comes_back(stub: Stub, sidecar: Running) -> 
     assert list(found.slots) == slots
     assert list(found.valid_tokens) == [16, 7]
     assert list(found.checksums) == [2**64 - 1] * 2
+    assert list(found.on_disk) == [0, 0]
+    [piece] = await caller.read("a", 0, 1)
+    assert (list(piece.block_indexes), list(piece.slots)) == ([0, 1], slots)
+    assert (list(piece.valid_tokens), list(piece.checksums)) == ([16, 7], [2**64 - 1] * 2)
     stats = await stub.Stats(pb.StatsRequest())
     assert (stats.committed_slots, stats.free_slots, stats.jobs) == (2, 2, 1)
     assert stats.committed_bytes_total == stats.looked_up_bytes_total == 2 * 5000
-    port = sidecar.info["metrics_port"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    assert 'fastserve_swap_bytes_total{direction="out"} 10000.0' in text
-    assert "fastserve_host_kv_usage_ratio 0.5" in text
+    metrics = sidecar.metrics()
+    for direction in ("in", "out"):
+        labels = f'{{direction="{direction}",tier="host"}}'
+        assert metrics[f"fastserve_kv_tier_bytes_total{labels}"] == 10000
+        assert metrics[f"fastserve_kv_tier_seconds_total{labels}"] > 0
+    assert metrics["fastserve_host_kv_usage_ratio"] == 0.5
+    assert metrics['fastserve_host_kv_slots{state="committed"}'] == 2
+    assert metrics['fastserve_kv_lookups_total{result="host"}'] == 2
     released = await stub.Release(pb.ReleaseRequest(job_ids=["a", "unknown"], **caller.who))
     assert (released.freed_slots, released.free_slots) == (2, 4)
 
@@ -104,7 +65,7 @@ async def test_full_pool_refuses_and_changes_nothing(stub: Stub) -> None:
     caller = Caller(stub, await stub.Attach(attach()))
     await caller.reserve("a", 0, 1, 2)
     await refused(
-        caller.reserve("b", 0, 1), grpc.StatusCode.RESOURCE_EXHAUSTED, "2 slots wanted, 1 free"
+        caller.reserve("b", 0, 1), grpc.StatusCode.RESOURCE_EXHAUSTED, "2 blocks wanted, room for 1"
     )
     assert (await stub.Stats(pb.StatsRequest())).rejected_reservations_total == 1
     assert len(await caller.reserve("b", 0)) == 1

@@ -51,8 +51,12 @@ async def test_a_burst_overtakes_a_long_answer(tmp_path: Path) -> None:
         assert long.text == alone.text, "preemption changed the text"
         assert long.ids == sorted(set(long.ids)), "a token twice"
 
-        bytes_out = running.metric("kv-offload", "fastserve_swap_bytes_total", direction="out")
-        bytes_in = running.metric("kv-offload", "fastserve_swap_bytes_total", direction="in")
+        bytes_out = running.metric(
+            "kv-offload", "fastserve_kv_tier_bytes_total", tier="host", direction="out"
+        )
+        bytes_in = running.metric(
+            "kv-offload", "fastserve_kv_tier_bytes_total", tier="host", direction="in"
+        )
         # At least what the long job had computed when it was preempted.
         assert bytes_out >= 4 * BLOCK_BYTES and bytes_out % BLOCK_BYTES == 0
         assert bytes_in >= 4 * BLOCK_BYTES and bytes_in % BLOCK_BYTES == 0

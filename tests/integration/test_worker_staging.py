@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ DEVICE_BLOCKS = 12
 HOST_BLOCKS = 16
 PROMPT = [17, 250, 99, 4, 31, 8, 77, 123, 54, 200, 201, 5, 61, 300, 19, 44, 72, 90, 11]
 BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * BLOCK  # layers, K and V, KV heads, head_dim, fp32
+SLOT_BYTES = -(-BLOCK_BYTES // 4096) * 4096
 SAMPLED = {"temperature": 0.8, "seed": 1234, "top_p": 0.95}
 
 
@@ -58,6 +58,8 @@ class Pod:
     folder: Path
     model: Path
     stack: contextlib.ExitStack
+    host_blocks: int = HOST_BLOCKS
+    disk_blocks: int = 0
 
     def __post_init__(self) -> None:
         self._epochs = itertools.count(10)
@@ -65,8 +67,11 @@ class Pod:
         self.worker = self.start_worker()
 
     def start_sidecar(self) -> Running:
-        flags = ["--listen", f"unix:{self.folder}/kv", "--host-blocks", str(HOST_BLOCKS)]
+        flags = ["--listen", f"unix:{self.folder}/kv", "--host-blocks", str(self.host_blocks)]
         flags += ["--pool-dir", str(self.folder)]
+        if self.disk_blocks:
+            size = self.disk_blocks * SLOT_BYTES
+            flags += ["--disk-path", str(self.folder), "--disk-size", str(size)]
         self.sidecar = self.stack.enter_context(
             service("fastserve.kv_offload", self.folder, *flags)
         )
@@ -97,11 +102,7 @@ class Pod:
             return await stub.Stats(kv_offload_pb2.StatsRequest())
 
     def metrics(self) -> dict[str, float]:
-        port = self.worker.info["metrics_port"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            lines = response.read().decode().splitlines()
-        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs}
+        return self.worker.metrics()
 
 
 @pytest.fixture(scope="module")
@@ -421,3 +422,79 @@ async def test_a_sidecar_that_is_killed_costs_a_recompute(pod: Pod) -> None:
         for name in jobs:
             await driver.op(RELEASE, name)
         assert driver.free_device_blocks == DEVICE_BLOCKS
+
+
+# --- the disk ------------------------------------------------------------------------------------
+
+NAMES = ("a", "b", "c", "d")
+
+
+@pytest.fixture
+def small_pod(model: Path, tmp_path: Path) -> Iterator[Pod]:
+    """The host holds one job and a half, the disk the others."""
+    with contextlib.ExitStack() as stack:
+        yield Pod(tmp_path, model, stack, host_blocks=8, disk_blocks=16)
+
+
+async def offload_all(driver: WorkerDriver) -> None:
+    for name in NAMES:
+        driver.job(name, PROMPT, **SAMPLED)
+        await driver.generate(name, 9)
+        assert (await driver.op(OFFLOAD, name)).status == OK
+
+
+async def test_jobs_come_back_from_the_disk(small_pod: Pod) -> None:
+    pod, held = small_pod, 8 + 16 - 1
+    expected = await undisturbed(pod, 25)
+    async with pod.driver() as driver:
+        await offload_all(driver)
+        assert driver.reports[-1].free_host_blocks == held - 16
+        assert (await pod.stats()).disk_blocks >= 9
+        for name in NAMES:
+            back = await driver.op(UPLOAD, name)
+            assert (back.status, back.bytes) == (OK, 4 * BLOCK_BYTES)
+            ran = len(driver.reports)
+            assert await driver.generate(name, 25) == expected
+            assert list(driver.reports[ran].row_new_tokens) == [1]  # nothing was computed again
+            await driver.op(RELEASE, name)
+        stats = await pod.stats()
+        assert stats.fetched_blocks_total >= 9
+        assert (stats.jobs, stats.disk_blocks, stats.committed_slots) == (0, 0, 0)
+        assert driver.reports[-1].free_host_blocks == held
+
+
+async def test_a_worker_that_is_killed_finds_its_jobs_on_the_disk(small_pod: Pod) -> None:
+    pod = small_pod
+    expected = await undisturbed(pod, 20)
+    output: dict[str, list[int]] = {}
+    async with pod.driver(output) as driver:
+        await offload_all(driver)
+        pod.worker.kill()
+    pod.start_worker()
+    async with pod.driver(output) as driver:
+        computed = len(PROMPT) + 8
+        assert driver.held == dict.fromkeys(NAMES, (0, computed))
+        for name in NAMES:
+            driver.job(name, PROMPT, **SAMPLED)
+            back = await driver.op(UPLOAD, name)
+            assert (back.status, back.tokens) == (OK, computed)
+            assert await driver.generate(name, 20) == expected
+            await driver.op(RELEASE, name)
+
+
+async def test_a_damaged_disk_costs_a_recompute(small_pod: Pod) -> None:
+    pod = small_pod
+    expected = await undisturbed(pod, 20)
+    async with pod.driver() as driver:
+        await offload_all(driver)
+        (path,) = pod.folder.glob("fastserve-kvdisk-*")
+        path.write_bytes(b"\xff" * path.stat().st_size)
+        outcomes = []
+        for name in NAMES:
+            back = await driver.op(UPLOAD, name)
+            outcomes.append(back.status)
+            assert await driver.generate(name, 20) == expected
+            await driver.op(RELEASE, name)
+        assert outcomes[0] == LOST and set(outcomes) <= {LOST, OK}
+        assert pod.sidecar.metrics()['fastserve_kv_verify_failures_total{tier="disk"}'] >= 1
+        assert (await pod.stats()).jobs == 0

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ class Running:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(timeout=30)
+
+    def metrics(self) -> dict[str, float]:
+        """Series with labels -> value."""
+        url = f"http://127.0.0.1:{self.info['metrics_port']}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 
 async def eventually(
@@ -15,3 +15,13 @@ async def eventually(
     while not check():
         assert time.monotonic() < deadline, f"{what} did not come within {timeout} s"
         await asyncio.sleep(0.005)
+
+
+async def eventually_async(
+    check: Callable[[], Awaitable[object]], what: str, timeout: float = 20.0
+) -> None:
+    """The same for a question that takes a call to another process."""
+    deadline = time.monotonic() + timeout
+    while not await check():
+        assert time.monotonic() < deadline, f"{what} did not come within {timeout} s"
+        await asyncio.sleep(0.01)

@@ -75,13 +75,20 @@ def test_options_reach_the_services_they_are_for() -> None:
         kv_blocks=64,
         host_kv_blocks=32,
         host_memory="1G",
+        disk_path=Path("/data"),
+        disk_size="20G",
         device="cpu",
         dtype="float32",
         threads=2,
         log_level="debug",
     )
     expected = {
-        "kv-offload": {"host-blocks": "32", "host-memory": "1G"},
+        "kv-offload": {
+            "host-blocks": "32",
+            "host-memory": "1G",
+            "disk-path": "/data",
+            "disk-size": "20G",
+        },
         "worker": {
             "model": "/models/tiny",
             "served-model-name": "tiny",
@@ -133,6 +140,8 @@ def test_every_service_understands_its_flags(name: str) -> None:
         max_num_partial_prefills=1,
         api_key_file=Path("keys"),
         host_memory="1G",
+        disk_path=Path("/data"),
+        disk_size="20G",
         device="cpu",
         dtype="float32",
         log_level="info",

@@ -6,7 +6,8 @@ import pytest
 
 from fastserve.common.errors import StartupError
 from fastserve.common.settings import load_settings
-from fastserve.kv_offload.pool import Pool, remove_stale, slot_bytes
+from fastserve.kv_offload.pool import PREFIX, Pool, slot_bytes
+from fastserve.kv_offload.scratch import remove_stale
 from fastserve.kv_offload.settings import Settings, parse_size
 
 
@@ -28,6 +29,22 @@ def test_missing_pool_folder_is_refused(tmp_path: Path) -> None:
         load_settings(Settings, "x", ["--pool-dir", str(tmp_path / "none")])
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--disk-path", "."], "--disk-path and --disk-size go together"),
+        (["--disk-size", "1G"], "--disk-path and --disk-size go together"),
+        (["--disk-path", "/none", "--disk-size", "1G"], "disk folder /none does not exist"),
+        (["--disk-path", ".", "--disk-size", "much"], "is not a size"),
+        (["--tls-cert", "c", "--tls-key", "k"], "go together"),
+        (["--peer-listen", "127.0.0.1:0"], "--peer-listen needs --peer-token-file or --tls-cert"),
+    ],
+)
+def test_settings_that_do_not_fit_together(flags: list[str], why: str) -> None:
+    with pytest.raises(StartupError, match=why):
+        load_settings(Settings, "x", flags)
+
+
 def test_slots_are_whole_pages() -> None:
     assert slot_bytes(1) == 4096
     assert slot_bytes(4096) == 4096
@@ -37,7 +54,7 @@ def test_slots_are_whole_pages() -> None:
 def test_pool_file_lives_as_long_as_its_owner(tmp_path: Path) -> None:
     pool = Pool(tmp_path, 8192)
     assert pool.path.stat().st_size == 8192
-    remove_stale(tmp_path)  # a live pool is locked and stays
+    remove_stale(tmp_path, PREFIX)  # a live pool is locked and stays
     assert pool.path.exists()
     pool.close()
     assert not pool.path.exists()
@@ -48,7 +65,7 @@ def test_pool_file_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     left.write_bytes(b"x")
     other = tmp_path / "somebody-elses"
     other.write_bytes(b"x")
-    remove_stale(tmp_path)
+    remove_stale(tmp_path, PREFIX)
     assert not left.exists()
     assert other.exists()
 

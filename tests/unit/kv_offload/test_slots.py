@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastserve.kv_offload.slots import Block, PoolFull, SlotError, SlotTable
+from fastserve.kv_offload.errors import BlockMissing, NoFreeSlot, PoolFull, SlotError
+from fastserve.kv_offload.slots import Holder, SlotTable
+
+
+def stored(table: SlotTable, job: str, count: int) -> None:
+    table.commit(job, table.reserve(job, range(count)), [1] * count, range(count))
+
+
+def spill(table: SlotTable) -> None:
+    block = table.begin_spill()
+    assert block is not None
+    table.end_spill(block, True)
 
 
 def test_reserve_commit_lookup_release() -> None:
@@ -13,7 +21,8 @@ def test_reserve_commit_lookup_release() -> None:
     slots = table.reserve("a", [0, 1])
     assert table.lookup("a") == []
     table.commit("a", slots, [16, 3], [11, 12])
-    assert table.lookup("a") == [(0, Block(slots[0], 16, 11)), (1, Block(slots[1], 3, 12))]
+    found = [(i, b.slot, b.valid_tokens, b.checksum) for i, b in table.lookup("a")]
+    assert found == [(0, slots[0], 16, 11), (1, slots[1], 3, 12)]
     assert (table.free, table.reserved, table.committed) == (2, 0, 2)
     assert table.release("a") == 2
     assert table.free == 4
@@ -22,7 +31,7 @@ def test_reserve_commit_lookup_release() -> None:
 
 def test_reserve_is_all_or_nothing() -> None:
     table = SlotTable(2, 16)
-    with pytest.raises(PoolFull, match="3 slots wanted, 2 free"):
+    with pytest.raises(PoolFull, match="3 blocks wanted, room for 2"):
         table.reserve("a", [0, 1, 2])
     assert table.free == 2
     assert table.jobs == []
@@ -75,63 +84,97 @@ def test_reservations_of_a_past_life_are_freed_and_commits_kept() -> None:
     assert table.free == 3
 
 
-class Slots(RuleBasedStateMachine):
-    """Any order of calls: the table agrees with a plain model and loses no slot."""
-
-    SLOTS = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = SlotTable(self.SLOTS, 4)
-        self.reserved: dict[int, tuple[str, int]] = {}
-        self.committed: dict[tuple[str, int], int] = {}
-
-    @rule(job=st.sampled_from("abc"), first=st.integers(0, 3), count=st.integers(1, 3))
-    def reserve(self, job: str, first: int, count: int) -> None:
-        free = self.SLOTS - len(self.reserved) - len(self.committed)
-        if count > free:
-            with pytest.raises(PoolFull):
-                self.table.reserve(job, range(first, first + count))
-            return
-        slots = self.table.reserve(job, range(first, first + count))
-        for slot, index in zip(slots, range(first, first + count), strict=True):
-            assert slot not in self.reserved
-            assert slot not in self.committed.values()
-            self.reserved[slot] = (job, index)
-
-    @precondition(lambda self: self.reserved)
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.reserved)))
-        job, index = self.reserved.pop(slot)
-        self.table.commit(job, [slot], [2], [slot])
-        self.committed[job, index] = slot
-
-    @rule(job=st.sampled_from("abc"))
-    def release(self, job: str) -> None:
-        gone = [slot for slot, (owner, _) in self.reserved.items() if owner == job]
-        gone_blocks = [key for key in self.committed if key[0] == job]
-        assert self.table.release(job) == len(gone) + len(gone_blocks)
-        for slot in gone:
-            del self.reserved[slot]
-        for key in gone_blocks:
-            del self.committed[key]
-
-    @rule()
-    def new_life(self) -> None:
-        assert self.table.drop_reservations() == len(self.reserved)
-        self.reserved.clear()
-
-    @invariant()
-    def agrees_with_the_model(self) -> None:
-        self.table.check_integrity()
-        assert self.table.reserved == len(self.reserved)
-        assert self.table.committed == len(self.committed)
-        for job in "abc":
-            found = {index: block.slot for index, block in self.table.lookup(job)}
-            wanted = {i: slot for (owner, i), slot in self.committed.items() if owner == job}
-            assert found == wanted
+def test_the_headroom_is_not_counted_on() -> None:
+    table = SlotTable(8, 16, disk_slots=4)
+    assert (table.headroom, table.capacity, table.room) == (1, 11, 11)
+    stored(table, "a", 8)
+    with pytest.raises(NoFreeSlot):
+        table.reserve("b", [0])
+    for _ in range(4):
+        spill(table)
+    stored(table, "b", 3)
+    assert (table.room, table.free, table.free_disk) == (0, 1, 0)
+    with pytest.raises(PoolFull, match="room for 0"):
+        table.reserve("c", [0])
+    [(_, first), *_] = table.lookup("a")
+    table.begin_fetch(first)  # which is what the headroom is for
+    table.end_fetch(first, True)
+    spill(table)
+    assert (table.free, table.free_disk) == (1, 0)
+    table.check_integrity()
 
 
-TestSlots = Slots.TestCase
-TestSlots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+def test_the_block_used_longest_ago_is_spilled_first() -> None:
+    table = SlotTable(4, 16, disk_slots=4)
+    stored(table, "a", 2)
+    stored(table, "b", 1)
+    [oldest, _] = table.find("a", [0, 1])
+    table.pin(oldest)
+    table.unpin(oldest)
+    order = []
+    while (block := table.begin_spill()) is not None:
+        order.append((block.job_id, block.index))
+        table.end_spill(block, True)
+    assert order == [("a", 1), ("b", 0), ("a", 0)]
+
+
+def test_with_the_disk_closed_room_is_what_the_host_has() -> None:
+    table = SlotTable(8, 16, disk_slots=8)
+    stored(table, "a", 3)
+    spill(table)
+    assert table.room == 15 - 3
+    table.disk_open = False
+    assert table.room == 7 - 2
+    assert table.begin_spill() is None
+
+
+def test_a_block_read_while_it_is_spilled_stays_on_the_host() -> None:
+    table = SlotTable(2, 16, disk_slots=2)
+    stored(table, "a", 1)
+    block = table.begin_spill()
+    assert block is not None
+    table.pin(block)
+    table.end_spill(block, True)
+    assert block.readable and table.free_disk == 2
+    table.unpin(block)
+    spill(table)
+    assert not block.readable
+
+
+def test_slots_of_a_released_job_are_free_only_when_nobody_uses_them() -> None:
+    table = SlotTable(3, 16, disk_slots=3)
+    stored(table, "a", 2)
+    moving, (_, read) = table.begin_spill(), table.find("a", [0, 1])
+    assert moving is not None
+    table.pin(read)
+    assert table.release("a") == 2
+    assert (table.free, table.free_disk, table.jobs) == (1, 2, [])
+    assert table.room == 5  # there is room, only not yet
+    with pytest.raises(NoFreeSlot):
+        table.reserve("b", [0, 1])
+    table.end_spill(moving, True)
+    assert (table.free, table.free_disk) == (2, 3)
+    table.unpin(read)
+    assert table.free == 3
+    table.check_integrity()
+
+
+def test_a_block_that_is_not_there_is_missing() -> None:
+    table = SlotTable(2, 16)
+    stored(table, "a", 1)
+    with pytest.raises(BlockMissing, match="block 1"):
+        table.find("a", [0, 1])
+    with pytest.raises(BlockMissing):
+        table.find("b", [0])
+
+
+def test_a_worker_neither_commits_nor_frees_what_a_peer_writes() -> None:
+    table = SlotTable(2, 16)
+    [slot] = table.reserve("a", [0], Holder.PEER)
+    with pytest.raises(SlotError, match="not reserved"):
+        table.commit("a", [slot], [1], [1])
+    assert table.drop_reservations() == table.release("a") == 0
+    table.commit("a", [slot], [1], [1], Holder.PEER)
+    assert len(table.lookup("a")) == 1
+    table.cancel("a", [slot])  # too late: nothing happens
+    assert len(table.lookup("a")) == 1

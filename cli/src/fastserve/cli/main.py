@@ -162,6 +162,14 @@ def up(
         str | None,
         typer.Option(help="Host memory for KV, such as 2G.", rich_help_panel=_SIZES),
     ] = None,
+    disk_path: Annotated[
+        Path | None,
+        typer.Option(help="Folder for KV that host memory cannot hold.", rich_help_panel=_SIZES),
+    ] = None,
+    disk_size: Annotated[
+        str | None,
+        typer.Option(help="How much of it to use, such as 20G.", rich_help_panel=_SIZES),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -202,6 +210,8 @@ def up(
         kv_blocks=kv_blocks,
         host_kv_blocks=host_kv_blocks,
         host_memory=host_memory,
+        disk_path=disk_path,
+        disk_size=disk_size,
         device=device,
         dtype=dtype,
         threads=threads,

@@ -52,6 +52,8 @@ class Options:
     kv_blocks: int | None = None
     host_kv_blocks: int | None = None
     host_memory: str | None = None
+    disk_path: Path | None = None
+    disk_size: str | None = None
     device: str | None = None
     dtype: str | None = None
     threads: int | None = None
@@ -105,6 +107,8 @@ def specs(options: Options, run: Path) -> list[Spec]:
             listen=f"unix:{run}/kv-offload.sock",
             host_blocks=options.host_kv_blocks,
             host_memory=options.host_memory,
+            disk_path=options.disk_path,
+            disk_size=options.disk_size,
             **level,
         )
 

@@ -26,10 +26,11 @@ if _version_not_supported:
 
 
 class KvOffloadServiceStub:
-    """Host memory for KV blocks, owned by the sidecar of a worker pod. The bytes travel through shared
-    memory; this service hands out slots and remembers what is committed. A slot is written by the
-    worker between Reserve and Commit and readable only after Commit, so a worker that dies half-way
-    leaves nothing half-written behind.
+    """Memory behind the device for KV blocks, owned by the sidecar of a worker pod: slots in shared
+    memory, and a disk behind them. Bytes between worker and host travel through the shared memory;
+    this service hands out slots and remembers what is committed. A slot is written by the worker
+    between Reserve and Commit and readable only after Commit, so a worker that dies half-way leaves
+    nothing half-written behind.
     """
 
     def __init__(self, channel):
@@ -42,6 +43,11 @@ class KvOffloadServiceStub:
                 '/fastserve.v1.KvOffloadService/Attach',
                 request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.AttachRequest.SerializeToString,
                 response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.AttachResponse.FromString,
+                _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/fastserve.v1.KvOffloadService/Renew',
+                request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewRequest.SerializeToString,
+                response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewResponse.FromString,
                 _registered_method=True)
         self.Reserve = channel.unary_unary(
                 '/fastserve.v1.KvOffloadService/Reserve',
@@ -58,10 +64,20 @@ class KvOffloadServiceStub:
                 request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.LookupRequest.SerializeToString,
                 response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.LookupResponse.FromString,
                 _registered_method=True)
+        self.Read = channel.stream_stream(
+                '/fastserve.v1.KvOffloadService/Read',
+                request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ReadRequest.SerializeToString,
+                response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ReadResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/fastserve.v1.KvOffloadService/Release',
                 request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
+        self.Export = channel.unary_unary(
+                '/fastserve.v1.KvOffloadService/Export',
+                request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ExportRequest.SerializeToString,
+                response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ExportResponse.FromString,
                 _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/fastserve.v1.KvOffloadService/Stats',
@@ -71,22 +87,33 @@ class KvOffloadServiceStub:
 
 
 class KvOffloadServiceServicer:
-    """Host memory for KV blocks, owned by the sidecar of a worker pod. The bytes travel through shared
-    memory; this service hands out slots and remembers what is committed. A slot is written by the
-    worker between Reserve and Commit and readable only after Commit, so a worker that dies half-way
-    leaves nothing half-written behind.
+    """Memory behind the device for KV blocks, owned by the sidecar of a worker pod: slots in shared
+    memory, and a disk behind them. Bytes between worker and host travel through the shared memory;
+    this service hands out slots and remembers what is committed. A slot is written by the worker
+    between Reserve and Commit and readable only after Commit, so a worker that dies half-way leaves
+    nothing half-written behind.
     """
 
     def Attach(self, request, context):
         """Agree on the slot layout and learn where the pool is. Slots reserved by an earlier life of the
-        same worker are freed; committed ones stay. A different layout empties the pool.
+        same worker are freed; committed ones stay. A different layout empties the pool. The worker
+        owns its blocks as long as it makes any call once in `owner_lease_seconds`; then all are freed.
+        RESOURCE_EXHAUSTED while other workers own all there is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Keep the lease of the worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
-        """Slots for blocks of one job. All or nothing: RESOURCE_EXHAUSTED when the pool is full.
+        """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
+        this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,7 +127,19 @@ class KvOffloadServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Lookup(self, request, context):
-        """Committed blocks of the named jobs, or of all jobs of the worker.
+        """What is committed, of the named jobs or of all jobs of the worker, on the host or on the disk.
+        For taking stock: slots may move to the disk at any time. To read blocks, use Read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Read(self, request_iterator, context):
+        """Read committed blocks of one job. Blocks on the disk are brought back into host slots first, so
+        the answer comes in pieces, in the order asked for. The slots of a piece stay where they are
+        until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
+        there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
+        forgotten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +147,14 @@ class KvOffloadServiceServicer:
 
     def Release(self, request, context):
         """Forget jobs: reserved and committed slots become free.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Export(self, request, context):
+        """Send copies of jobs to the sidecar of another pod. What is there stays here too. The status is
+        that of the first job that could not be sent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +174,11 @@ def add_KvOffloadServiceServicer_to_server(servicer, server):
                     request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.AttachRequest.FromString,
                     response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.AttachResponse.SerializeToString,
             ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewRequest.FromString,
+                    response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewResponse.SerializeToString,
+            ),
             'Reserve': grpc.unary_unary_rpc_method_handler(
                     servicer.Reserve,
                     request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ReserveRequest.FromString,
@@ -142,10 +194,20 @@ def add_KvOffloadServiceServicer_to_server(servicer, server):
                     request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.LookupRequest.FromString,
                     response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.LookupResponse.SerializeToString,
             ),
+            'Read': grpc.stream_stream_rpc_method_handler(
+                    servicer.Read,
+                    request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ReadRequest.FromString,
+                    response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ReadResponse.SerializeToString,
+            ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ReleaseRequest.FromString,
                     response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Export': grpc.unary_unary_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ExportRequest.FromString,
+                    response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ExportResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -161,10 +223,11 @@ def add_KvOffloadServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvOffloadService:
-    """Host memory for KV blocks, owned by the sidecar of a worker pod. The bytes travel through shared
-    memory; this service hands out slots and remembers what is committed. A slot is written by the
-    worker between Reserve and Commit and readable only after Commit, so a worker that dies half-way
-    leaves nothing half-written behind.
+    """Memory behind the device for KV blocks, owned by the sidecar of a worker pod: slots in shared
+    memory, and a disk behind them. Bytes between worker and host travel through the shared memory;
+    this service hands out slots and remembers what is committed. A slot is written by the worker
+    between Reserve and Commit and readable only after Commit, so a worker that dies half-way leaves
+    nothing half-written behind.
     """
 
     @staticmethod
@@ -184,6 +247,33 @@ class KvOffloadService:
             '/fastserve.v1.KvOffloadService/Attach',
             fastserve_dot_v1_dot_kv__offload__pb2.AttachRequest.SerializeToString,
             fastserve_dot_v1_dot_kv__offload__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastserve.v1.KvOffloadService/Renew',
+            fastserve_dot_v1_dot_kv__offload__pb2.RenewRequest.SerializeToString,
+            fastserve_dot_v1_dot_kv__offload__pb2.RenewResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -276,6 +366,33 @@ class KvOffloadService:
             _registered_method=True)
 
     @staticmethod
+    def Read(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fastserve.v1.KvOffloadService/Read',
+            fastserve_dot_v1_dot_kv__offload__pb2.ReadRequest.SerializeToString,
+            fastserve_dot_v1_dot_kv__offload__pb2.ReadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Release(request,
             target,
             options=(),
@@ -303,6 +420,33 @@ class KvOffloadService:
             _registered_method=True)
 
     @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastserve.v1.KvOffloadService/Export',
+            fastserve_dot_v1_dot_kv__offload__pb2.ExportRequest.SerializeToString,
+            fastserve_dot_v1_dot_kv__offload__pb2.ExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Stats(request,
             target,
             options=(),
@@ -319,6 +463,89 @@ class KvOffloadService:
             '/fastserve.v1.KvOffloadService/Stats',
             fastserve_dot_v1_dot_kv__offload__pb2.StatsRequest.SerializeToString,
             fastserve_dot_v1_dot_kv__offload__pb2.StatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class KvPeerServiceStub:
+    """What sidecars of other pods may call, on a listener of its own, with a shared secret or mutual
+    TLS.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Import = channel.stream_unary(
+                '/fastserve.v1.KvPeerService/Import',
+                request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ImportRequest.SerializeToString,
+                response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ImportResponse.FromString,
+                _registered_method=True)
+
+
+class KvPeerServiceServicer:
+    """What sidecars of other pods may call, on a listener of its own, with a shared secret or mutual
+    TLS.
+    """
+
+    def Import(self, request_iterator, context):
+        """All blocks of one job, block by block in pieces. They become readable together, when the stream
+        has ended and every checksum is right; else none does. Once there are slots for them, the
+        initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+        such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+        blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KvPeerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Import': grpc.stream_unary_rpc_method_handler(
+                    servicer.Import,
+                    request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.ImportRequest.FromString,
+                    response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ImportResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fastserve.v1.KvPeerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fastserve.v1.KvPeerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class KvPeerService:
+    """What sidecars of other pods may call, on a listener of its own, with a shared secret or mutual
+    TLS.
+    """
+
+    @staticmethod
+    def Import(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/fastserve.v1.KvPeerService/Import',
+            fastserve_dot_v1_dot_kv__offload__pb2.ImportRequest.SerializeToString,
+            fastserve_dot_v1_dot_kv__offload__pb2.ImportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,10 +27,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class KvOffloadServiceStub:
-    """Host memory for KV blocks, owned by the sidecar of a worker pod. The bytes travel through shared
-    memory; this service hands out slots and remembers what is committed. A slot is written by the
-    worker between Reserve and Commit and readable only after Commit, so a worker that dies half-way
-    leaves nothing half-written behind.
+    """Memory behind the device for KV blocks, owned by the sidecar of a worker pod: slots in shared
+    memory, and a disk behind them. Bytes between worker and host travel through the shared memory;
+    this service hands out slots and remembers what is committed. A slot is written by the worker
+    between Reserve and Commit and readable only after Commit, so a worker that dies half-way leaves
+    nothing half-written behind.
     """
 
     @_typing.overload
@@ -39,46 +40,86 @@ class KvOffloadServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KvOffloadServiceAsyncStub: ...
     Attach: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.AttachRequest, _kv_offload_pb2.AttachResponse]
     """Agree on the slot layout and learn where the pool is. Slots reserved by an earlier life of the
-    same worker are freed; committed ones stay. A different layout empties the pool.
+    same worker are freed; committed ones stay. A different layout empties the pool. The worker
+    owns its blocks as long as it makes any call once in `owner_lease_seconds`; then all are freed.
+    RESOURCE_EXHAUSTED while other workers own all there is.
     """
+    Renew: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.RenewRequest, _kv_offload_pb2.RenewResponse]
+    """Keep the lease of the worker."""
     Reserve: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.ReserveRequest, _kv_offload_pb2.ReserveResponse]
-    """Slots for blocks of one job. All or nothing: RESOURCE_EXHAUSTED when the pool is full."""
+    """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
+    this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
+    """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.CommitRequest, _kv_offload_pb2.CommitResponse]
     """Make written slots readable. A block committed before under another slot is replaced."""
     Lookup: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.LookupRequest, _kv_offload_pb2.LookupResponse]
-    """Committed blocks of the named jobs, or of all jobs of the worker."""
+    """What is committed, of the named jobs or of all jobs of the worker, on the host or on the disk.
+    For taking stock: slots may move to the disk at any time. To read blocks, use Read.
+    """
+    Read: _grpc.StreamStreamMultiCallable[_kv_offload_pb2.ReadRequest, _kv_offload_pb2.ReadResponse]
+    """Read committed blocks of one job. Blocks on the disk are brought back into host slots first, so
+    the answer comes in pieces, in the order asked for. The slots of a piece stay where they are
+    until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
+    there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
+    forgotten.
+    """
     Release: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.ReleaseRequest, _kv_offload_pb2.ReleaseResponse]
     """Forget jobs: reserved and committed slots become free."""
+    Export: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.ExportRequest, _kv_offload_pb2.ExportResponse]
+    """Send copies of jobs to the sidecar of another pod. What is there stays here too. The status is
+    that of the first job that could not be sent.
+    """
     Stats: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.StatsRequest, _kv_offload_pb2.StatsResponse]
 
 @_typing.type_check_only
 class KvOffloadServiceAsyncStub(KvOffloadServiceStub):
-    """Host memory for KV blocks, owned by the sidecar of a worker pod. The bytes travel through shared
-    memory; this service hands out slots and remembers what is committed. A slot is written by the
-    worker between Reserve and Commit and readable only after Commit, so a worker that dies half-way
-    leaves nothing half-written behind.
+    """Memory behind the device for KV blocks, owned by the sidecar of a worker pod: slots in shared
+    memory, and a disk behind them. Bytes between worker and host travel through the shared memory;
+    this service hands out slots and remembers what is committed. A slot is written by the worker
+    between Reserve and Commit and readable only after Commit, so a worker that dies half-way leaves
+    nothing half-written behind.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.AttachRequest, _kv_offload_pb2.AttachResponse]  # type: ignore[assignment]
     """Agree on the slot layout and learn where the pool is. Slots reserved by an earlier life of the
-    same worker are freed; committed ones stay. A different layout empties the pool.
+    same worker are freed; committed ones stay. A different layout empties the pool. The worker
+    owns its blocks as long as it makes any call once in `owner_lease_seconds`; then all are freed.
+    RESOURCE_EXHAUSTED while other workers own all there is.
     """
+    Renew: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.RenewRequest, _kv_offload_pb2.RenewResponse]  # type: ignore[assignment]
+    """Keep the lease of the worker."""
     Reserve: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.ReserveRequest, _kv_offload_pb2.ReserveResponse]  # type: ignore[assignment]
-    """Slots for blocks of one job. All or nothing: RESOURCE_EXHAUSTED when the pool is full."""
+    """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
+    this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
+    """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.CommitRequest, _kv_offload_pb2.CommitResponse]  # type: ignore[assignment]
     """Make written slots readable. A block committed before under another slot is replaced."""
     Lookup: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.LookupRequest, _kv_offload_pb2.LookupResponse]  # type: ignore[assignment]
-    """Committed blocks of the named jobs, or of all jobs of the worker."""
+    """What is committed, of the named jobs or of all jobs of the worker, on the host or on the disk.
+    For taking stock: slots may move to the disk at any time. To read blocks, use Read.
+    """
+    Read: _aio.StreamStreamMultiCallable[_kv_offload_pb2.ReadRequest, _kv_offload_pb2.ReadResponse]  # type: ignore[assignment]
+    """Read committed blocks of one job. Blocks on the disk are brought back into host slots first, so
+    the answer comes in pieces, in the order asked for. The slots of a piece stay where they are
+    until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
+    there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
+    forgotten.
+    """
     Release: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.ReleaseRequest, _kv_offload_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Forget jobs: reserved and committed slots become free."""
+    Export: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.ExportRequest, _kv_offload_pb2.ExportResponse]  # type: ignore[assignment]
+    """Send copies of jobs to the sidecar of another pod. What is there stays here too. The status is
+    that of the first job that could not be sent.
+    """
     Stats: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.StatsRequest, _kv_offload_pb2.StatsResponse]  # type: ignore[assignment]
 
 class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Host memory for KV blocks, owned by the sidecar of a worker pod. The bytes travel through shared
-    memory; this service hands out slots and remembers what is committed. A slot is written by the
-    worker between Reserve and Commit and readable only after Commit, so a worker that dies half-way
-    leaves nothing half-written behind.
+    """Memory behind the device for KV blocks, owned by the sidecar of a worker pod: slots in shared
+    memory, and a disk behind them. Bytes between worker and host travel through the shared memory;
+    this service hands out slots and remembers what is committed. A slot is written by the worker
+    between Reserve and Commit and readable only after Commit, so a worker that dies half-way leaves
+    nothing half-written behind.
     """
 
     @_abc_1.abstractmethod
@@ -88,8 +129,18 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_offload_pb2.AttachResponse, _abc.Awaitable[_kv_offload_pb2.AttachResponse]]:
         """Agree on the slot layout and learn where the pool is. Slots reserved by an earlier life of the
-        same worker are freed; committed ones stay. A different layout empties the pool.
+        same worker are freed; committed ones stay. A different layout empties the pool. The worker
+        owns its blocks as long as it makes any call once in `owner_lease_seconds`; then all are freed.
+        RESOURCE_EXHAUSTED while other workers own all there is.
         """
+
+    @_abc_1.abstractmethod
+    def Renew(
+        self,
+        request: _kv_offload_pb2.RenewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_offload_pb2.RenewResponse, _abc.Awaitable[_kv_offload_pb2.RenewResponse]]:
+        """Keep the lease of the worker."""
 
     @_abc_1.abstractmethod
     def Reserve(
@@ -97,7 +148,9 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_offload_pb2.ReserveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_offload_pb2.ReserveResponse, _abc.Awaitable[_kv_offload_pb2.ReserveResponse]]:
-        """Slots for blocks of one job. All or nothing: RESOURCE_EXHAUSTED when the pool is full."""
+        """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
+        this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
+        """
 
     @_abc_1.abstractmethod
     def Commit(
@@ -113,7 +166,22 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_offload_pb2.LookupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_offload_pb2.LookupResponse, _abc.Awaitable[_kv_offload_pb2.LookupResponse]]:
-        """Committed blocks of the named jobs, or of all jobs of the worker."""
+        """What is committed, of the named jobs or of all jobs of the worker, on the host or on the disk.
+        For taking stock: slots may move to the disk at any time. To read blocks, use Read.
+        """
+
+    @_abc_1.abstractmethod
+    def Read(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kv_offload_pb2.ReadRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_offload_pb2.ReadResponse], _abc.AsyncIterator[_kv_offload_pb2.ReadResponse]]:
+        """Read committed blocks of one job. Blocks on the disk are brought back into host slots first, so
+        the answer comes in pieces, in the order asked for. The slots of a piece stay where they are
+        until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
+        there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
+        forgotten.
+        """
 
     @_abc_1.abstractmethod
     def Release(
@@ -124,6 +192,16 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
         """Forget jobs: reserved and committed slots become free."""
 
     @_abc_1.abstractmethod
+    def Export(
+        self,
+        request: _kv_offload_pb2.ExportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_offload_pb2.ExportResponse, _abc.Awaitable[_kv_offload_pb2.ExportResponse]]:
+        """Send copies of jobs to the sidecar of another pod. What is there stays here too. The status is
+        that of the first job that could not be sent.
+        """
+
+    @_abc_1.abstractmethod
     def Stats(
         self,
         request: _kv_offload_pb2.StatsRequest,
@@ -131,3 +209,55 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kv_offload_pb2.StatsResponse, _abc.Awaitable[_kv_offload_pb2.StatsResponse]]: ...
 
 def add_KvOffloadServiceServicer_to_server(servicer: KvOffloadServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class KvPeerServiceStub:
+    """What sidecars of other pods may call, on a listener of its own, with a shared secret or mutual
+    TLS.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> KvPeerServiceAsyncStub: ...
+    Import: _grpc.StreamUnaryMultiCallable[_kv_offload_pb2.ImportRequest, _kv_offload_pb2.ImportResponse]
+    """All blocks of one job, block by block in pieces. They become readable together, when the stream
+    has ended and every checksum is right; else none does. Once there are slots for them, the
+    initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+    such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+    blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+    """
+
+@_typing.type_check_only
+class KvPeerServiceAsyncStub(KvPeerServiceStub):
+    """What sidecars of other pods may call, on a listener of its own, with a shared secret or mutual
+    TLS.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Import: _aio.StreamUnaryMultiCallable[_kv_offload_pb2.ImportRequest, _kv_offload_pb2.ImportResponse]  # type: ignore[assignment]
+    """All blocks of one job, block by block in pieces. They become readable together, when the stream
+    has ended and every checksum is right; else none does. Once there are slots for them, the
+    initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+    such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+    blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+    """
+
+class KvPeerServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What sidecars of other pods may call, on a listener of its own, with a shared secret or mutual
+    TLS.
+    """
+
+    @_abc_1.abstractmethod
+    def Import(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kv_offload_pb2.ImportRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_offload_pb2.ImportResponse, _abc.Awaitable[_kv_offload_pb2.ImportResponse]]:
+        """All blocks of one job, block by block in pieces. They become readable together, when the stream
+        has ended and every checksum is right; else none does. Once there are slots for them, the
+        initial metadata `fastserve-import: accepted` comes; no piece may be sent before. NOT_FOUND: no
+        such worker here. FAILED_PRECONDITION: its blocks have another layout. ALREADY_EXISTS: it has
+        blocks of this job. RESOURCE_EXHAUSTED: no room. DATA_LOSS: a checksum differs.
+        """
+
+def add_KvPeerServiceServicer_to_server(servicer: KvPeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

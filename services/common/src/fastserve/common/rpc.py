@@ -5,7 +5,7 @@ Addresses are `host:port` or `unix:/path/to/socket`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import grpc
@@ -38,9 +38,19 @@ _CHANNEL_OPTIONS = [
 _SERVER_OPTIONS = [*_OPTIONS, ("grpc.so_reuseport", 0)]
 
 
-def channel(address: str) -> aio.Channel:
-    """A plain-text channel to `address`."""
-    return aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, server_name: str = ""
+) -> aio.Channel:
+    """A channel to `address`: plain text, or TLS with `credentials`.
+
+    server_name: the name that the server's certificate must have, if it is not the host called.
+    """
+    if credentials is None:
+        return aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    options: list[tuple[str, int | str]] = [*_CHANNEL_OPTIONS]
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    return aio.secure_channel(address, credentials, options=options)
 
 
 class GrpcServer:
@@ -49,19 +59,22 @@ class GrpcServer:
     Add servicers to `.server`, then `start()`. The overall status ("") follows `set_serving`.
     """
 
-    def __init__(self) -> None:
-        self.server = aio.server(options=_SERVER_OPTIONS)
+    def __init__(self, interceptors: Sequence[aio.ServerInterceptor] = ()) -> None:
+        self.server = aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
-    async def start(self, address: str) -> str:
-        """Bind and start; returns the address with the port filled in.
+    async def start(self, address: str, credentials: grpc.ServerCredentials | None = None) -> str:
+        """Bind and start, with TLS if there are credentials; the address with the port filled in.
 
         Raises `StartupError` if the address cannot be bound.
         """
         _remove_stale_socket(address)
         try:
-            port = self.server.add_insecure_port(address)
+            if credentials is None:
+                port = self.server.add_insecure_port(address)
+            else:
+                port = self.server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address}: {error}") from error
         await self.server.start()

@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
 
 
 class Settings(ServiceSettings):
-    """FastServe kv-offload: host memory for the KV cache blocks of preempted jobs."""
+    """FastServe kv-offload: host memory and disk for the KV cache blocks of preempted jobs."""
 
     listen: str = Field(
         default="unix:/tmp/fastserve-kv-offload.sock",
@@ -37,21 +37,60 @@ class Settings(ServiceSettings):
         default="1G", description="size of the pool, such as 512M or 4G (unless --host-blocks)"
     )
     host_blocks: int | None = Field(
-        default=None, ge=1, description="size of the pool in KV blocks instead of bytes"
+        default=None, ge=1, description="size of a worker's pool in KV blocks instead of bytes"
     )
     pool_dir: Path = Field(
         default=Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir()),
         description="folder of the pool file; the worker maps the same file",
     )
+    verify: bool = Field(
+        default=True, description="workers check the checksum of what they read from host memory"
+    )
+    workers: int = Field(
+        default=1, ge=1, description="workers that share this sidecar, in equal parts"
+    )
+    owner_lease: float = Field(
+        default=600.0, gt=0, description="seconds after which the blocks of a lost worker are freed"
+    )
+    disk_path: Path | None = Field(
+        default=None, description="folder for blocks that do not fit into host memory"
+    )
+    disk_size: str | None = Field(
+        default=None, description="how much of it to use, such as 100G (needed with --disk-path)"
+    )
+    peer_listen: str = Field(
+        default="", description="host:port for sidecars of other pods (default: none)"
+    )
+    peer_token_file: Path | None = Field(
+        default=None, description="file with the secret that sidecars share"
+    )
+    tls_cert: Path | None = Field(default=None, description="certificate for peers (PEM)")
+    tls_key: Path | None = Field(default=None, description="its private key (PEM)")
+    tls_ca: Path | None = Field(
+        default=None, description="authority that signed the certificates of all peers (PEM)"
+    )
+    tls_server_name: str = Field(
+        default="", description="name in the peers' certificates (default: the host called)"
+    )
 
-    @field_validator("host_memory")
+    @field_validator("host_memory", "disk_size")
     @classmethod
-    def _size(cls, value: str) -> str:
-        parse_size(value)
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
         return value
 
     @model_validator(mode="after")
-    def _folder(self) -> Settings:
+    def _consistent(self) -> Settings:
         if not self.pool_dir.is_dir():
             raise ValueError(f"pool folder {self.pool_dir} does not exist")
+        if (self.disk_path is None) != (self.disk_size is None):
+            raise ValueError("--disk-path and --disk-size go together")
+        if self.disk_path is not None and not self.disk_path.is_dir():
+            raise ValueError(f"disk folder {self.disk_path} does not exist")
+        tls = (self.tls_cert, self.tls_key, self.tls_ca)
+        if any(tls) and not all(tls):
+            raise ValueError("--tls-cert, --tls-key and --tls-ca go together")
+        if self.peer_listen and not (self.peer_token_file or all(tls)):
+            raise ValueError("--peer-listen needs --peer-token-file or --tls-cert, -key and -ca")
         return self

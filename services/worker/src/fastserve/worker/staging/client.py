@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import structlog
@@ -17,17 +18,21 @@ from google.protobuf.message import Message
 from fastserve.common.rpc import channel
 from fastserve.proto.v1 import kv_offload_pb2 as pb
 from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
-from fastserve.worker.staging.copier import Copier, HostPool
+from fastserve.worker.staging.copier import Copier
+from fastserve.worker.staging.host_pool import HostPool
 from fastserve.worker.staging.types import (
     BlockRef,
     Copied,
     HostCopyLost,
     NoHostSpace,
     SidecarLost,
+    StagingError,
 )
 
 log = structlog.get_logger(__name__)
 _TIMEOUT_S = 10.0
+_LOST = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS)
+Read: TypeAlias = "grpc.aio.StreamStreamCall[pb.ReadRequest, pb.ReadResponse]"
 T = TypeVar("T")
 
 
@@ -59,6 +64,7 @@ class KvStaging:
             layout=layout,
         )
         self._block_bytes = kv.shape[1]
+        self._device = kv.device
         self._copier = Copier(kv)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
         self._pool: HostPool | None = None
@@ -66,6 +72,8 @@ class KvStaging:
         # Life of the sidecar that holds our blocks; 0 while there is none.
         self.generation = 0
         self._attaching = asyncio.Lock()
+        self._verify = True
+        self._renewing: asyncio.Task[None] | None = None
         self.host_blocks = 0
         self.free_host_blocks = 0
 
@@ -78,14 +86,27 @@ class KvStaging:
                 reply = await self._stub.Attach(
                     self._attach_request, timeout=timeout, wait_for_ready=True
                 )
-                pool = HostPool(Path(reply.pool_path), reply.slot_bytes, reply.slots)
+                pool = HostPool(
+                    Path(reply.pool_path), reply.pool_bytes, reply.slot_bytes, reply.slots
+                )
+                await self._in_thread(pool.prepare, self._device)
             except (grpc.aio.AioRpcError, OSError) as error:
                 raise SidecarLost(f"{self._address}: {_reason(error)}") from error
             self._pool, self._sidecar_epoch = pool, reply.sidecar_epoch
             self.generation = reply.sidecar_epoch
-            self.host_blocks = reply.slots
-            self.free_host_blocks = reply.slots
-            log.info("attached to kv-offload", address=self._address, slots=reply.slots)
+            self.host_blocks = reply.capacity_blocks
+            self.free_host_blocks = reply.free_blocks
+            self._verify = reply.verify
+            if self._renewing is not None:
+                self._renewing.cancel()
+            self._renewing = asyncio.create_task(self._renew(reply.owner_lease_seconds / 4))
+            log.info(
+                "attached to kv-offload",
+                address=self._address,
+                slots=reply.slots,
+                capacity_blocks=reply.capacity_blocks,
+                verify=reply.verify,
+            )
 
     async def inventory(self) -> dict[str, int]:
         """Job id -> committed tokens, counted from block 0 without a gap."""
@@ -124,23 +145,45 @@ class KvStaging:
     async def load(self, job_id: str, blocks: Sequence[int]) -> Copied:
         """Copy the committed blocks 0 .. len(blocks)-1 of a job into device blocks.
 
-        Raises `HostCopyLost` if one is missing or its checksum differs, `SidecarLost`.
+        Those on the disk come in pieces, each copied while the next one is read. Raises
+        `HostCopyLost` if a block is missing or damaged, `SidecarLost`.
         """
         started = time.perf_counter()
         pool = await self._attached()
-        request = pb.LookupRequest(job_ids=[job_id], **self._who())
-        found = await self._call(self._stub.Lookup, request)
-        count = len(blocks)
-        if list(found.block_indexes[:count]) != list(range(count)):
-            raise HostCopyLost(f"job {job_id}: {len(found.slots)} of {count} blocks on the host")
-        intact = await self._in_thread(
-            self._copier.back, pool, found.slots[:count], blocks, found.checksums[:count]
-        )
-        if not intact:
-            log.error("a host copy is damaged", job_id=job_id)
-            raise HostCopyLost(f"job {job_id}: checksum of a host copy differs")
-        tokens = sum(found.valid_tokens[:count])
-        return Copied(tokens, count * self._block_bytes, time.perf_counter() - started)
+        call = self._stub.Read()
+        try:
+            tokens = await self._read(call, pool, job_id, blocks)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            if await call.code() in _LOST:
+                raise HostCopyLost(await call.details()) from error
+            raise self._lost(error) from error
+        except TimeoutError as error:
+            raise self._lost(error) from error
+        finally:
+            call.cancel()
+        return Copied(tokens, len(blocks) * self._block_bytes, time.perf_counter() - started)
+
+    async def _read(self, call: Read, pool: HostPool, job_id: str, blocks: Sequence[int]) -> int:
+        """Tokens in the blocks."""
+        request = pb.ReadRequest(job_id=job_id, block_indexes=range(len(blocks)), **self._who())
+        await call.write(request)
+        done = tokens = 0
+        while done < len(blocks):
+            piece = await asyncio.wait_for(call.read(), _TIMEOUT_S)
+            if not isinstance(piece, pb.ReadResponse):
+                raise HostCopyLost(f"job {job_id}: {done} of {len(blocks)} blocks came")
+            into = blocks[done : done + len(piece.slots)]
+            checksums = piece.checksums if self._verify else None
+            intact = await self._in_thread(self._copier.back, pool, piece.slots, into, checksums)
+            await call.write(pb.ReadRequest(damaged=not intact))
+            if not intact:
+                log.error("a host copy is damaged", job_id=job_id)
+                await _ended(call)
+                raise HostCopyLost(f"job {job_id}: checksum of a host copy differs")
+            done += len(piece.slots)
+            tokens += sum(piece.valid_tokens)
+        await _ended(call)
+        return tokens
 
     async def release(self, job_ids: Sequence[str]) -> None:
         """Free all slots of the jobs. Raises `SidecarLost`."""
@@ -149,8 +192,10 @@ class KvStaging:
         self.free_host_blocks = (await self._call(self._stub.Release, request)).free_slots
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=True)
+        if self._renewing is not None:
+            self._renewing.cancel()
         self._pool = None
+        await asyncio.to_thread(self._thread.shutdown, wait=True)
         await self._channel.close()
 
     def _who(self) -> dict[str, Any]:
@@ -176,10 +221,30 @@ class KvStaging:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 raise NoHostSpace(error.details()) from error
-            # Gone, or another life of it: either way what we committed there is not there now.
-            self._pool = None
-            self.generation = self.free_host_blocks = 0
-            raise SidecarLost(f"{self._address}: {_reason(error)}") from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> SidecarLost:
+        """Gone, or another life of it: either way what we committed there is not there now."""
+        self._pool = None
+        self.generation = self.free_host_blocks = 0
+        return SidecarLost(f"{self._address}: {_reason(error)}")
+
+    async def _renew(self, interval: float) -> None:
+        """Keep the lease of our blocks while we have nothing else to say."""
+        while self._pool is not None:
+            await asyncio.sleep(interval)
+            if self._pool is not None:
+                with contextlib.suppress(StagingError):
+                    reply = await self._call(self._stub.Renew, pb.RenewRequest(**self._who()))
+                    self.free_host_blocks = reply.free_blocks
+
+
+async def _ended(call: Read) -> None:
+    """Wait until the sidecar has heard everything. A piece may be on its way; the end is after."""
+    await call.done_writing()
+    async with asyncio.timeout(_TIMEOUT_S):
+        while await call.read() is not grpc.aio.EOF:
+            pass
 
 
 def _reason(error: Exception) -> str:

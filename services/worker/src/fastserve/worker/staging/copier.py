@@ -1,77 +1,115 @@
 """Copies between KV blocks on the device and slots in the host pool.
 
-Called in the copy thread only. numpy and torch release the interpreter lock during each block's
-copy and checksum, so the engine thread goes on meanwhile.
+Called in the copy thread only: one call moves all blocks of an operation. The interpreter lock is
+released during each block's copy and checksum, so the engine thread goes on meanwhile. The checksum
+is computed right after (or before) the copy of the same block, while that is in the cache.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 
-Bytes = npt.NDArray[np.uint8]
+from fastserve.worker.staging.host_pool import Bytes, HostPool
+
+Wait = Callable[[], object]
 
 
-class HostPool:
-    """The sidecar's pool file, mapped: `slots` [slots, slot_bytes] uint8."""
+class Lane(Protocol):
+    """How bytes get from one place to the other. Each call returns a function that waits for the
+    copy; until it has returned, source and target are in use."""
 
-    def __init__(self, path: Path, slot_bytes: int, slots: int) -> None:
-        """Raises OSError if the file is gone."""
-        fd = os.open(path, os.O_RDWR)
-        try:
-            self._map = mmap.mmap(fd, slot_bytes * slots)
-        finally:
-            os.close(fd)
-        self.slots: Bytes = np.frombuffer(self._map, np.uint8).reshape(slots, slot_bytes)
+    def out(self, block: int, slot: Bytes) -> Wait: ...
 
-    def close(self) -> None:
-        """Unmap, as soon as nobody looks at the bytes any more."""
-        del self.slots
+    def back(self, slot: Bytes, block: int) -> Wait: ...
+
+
+class CpuLane:
+    """The device is memory too. A copy out is made when it is waited for, just before its checksum;
+    a copy back at once, just after it."""
+
+    def __init__(self, kv: torch.Tensor) -> None:
+        self._kv: Bytes = kv.numpy()
+
+    def out(self, block: int, slot: Bytes) -> Wait:
+        return partial(np.copyto, slot, self._kv[block])
+
+    def back(self, slot: Bytes, block: int) -> Wait:
+        np.copyto(self._kv[block], slot)
+        return _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+class CudaLane:
+    """Copies on streams of their own, one per direction, beside the model's."""
+
+    def __init__(self, kv: torch.Tensor) -> None:
+        self._kv = kv
+        self._out = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
+        self._back = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
+
+    def out(self, block: int, slot: Bytes) -> Wait:
+        return _copy(self._out, torch.from_numpy(slot), self._kv[block])
+
+    def back(self, slot: Bytes, block: int) -> Wait:
+        return _copy(self._back, self._kv[block], torch.from_numpy(slot))
+
+
+def _copy(stream: torch.cuda.Stream, into: torch.Tensor, source: torch.Tensor) -> Wait:
+    with torch.cuda.stream(stream):
+        into.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+    wait: Wait = event.synchronize
+    return wait
 
 
 class Copier:
     """Moves blocks of `kv` (uint8 [blocks, block_bytes], on any device)."""
 
-    def __init__(self, kv: torch.Tensor) -> None:
-        self._kv = kv
+    def __init__(self, kv: torch.Tensor, lane: Lane | None = None) -> None:
         self._bytes = kv.shape[1]
-        self._stream: torch.cuda.Stream | None = None
-        if kv.device.type == "cuda":
-            self._stream = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
+        self.lane = lane or (CudaLane(kv) if kv.device.type == "cuda" else CpuLane(kv))
 
     def out(self, pool: HostPool, blocks: Sequence[int], slots: Sequence[int]) -> list[int]:
         """Device to host; the xxh3_64 of each block."""
-        views = [torch.from_numpy(pool.slots[slot, : self._bytes]) for slot in slots]
-        with torch.cuda.stream(self._stream):
-            for view, block in zip(views, blocks, strict=True):
-                view.copy_(self._kv[block], non_blocking=self._stream is not None)
-        self._wait()
-        return [xxhash.xxh3_64_intdigest(view.numpy().data) for view in views]
+        views = [pool.slots[slot, : self._bytes] for slot in slots]
+        waits = [self.lane.out(block, view) for block, view in zip(blocks, views, strict=True)]
+        checksums = []
+        for wait, view in zip(waits, views, strict=True):
+            wait()
+            checksums.append(xxhash.xxh3_64_intdigest(view.data))
+        return checksums
 
     def back(
-        self, pool: HostPool, slots: Sequence[int], blocks: Sequence[int], checksums: Sequence[int]
+        self,
+        pool: HostPool,
+        slots: Sequence[int],
+        blocks: Sequence[int],
+        checksums: Sequence[int] | None,
     ) -> bool:
-        """Host to device; False, before anything is copied, if a checksum differs."""
-        views = [torch.from_numpy(pool.slots[slot, : self._bytes]) for slot in slots]
-        for view, checksum in zip(views, checksums, strict=True):
-            if xxhash.xxh3_64_intdigest(view.numpy().data) != checksum:
-                return False
-        with torch.cuda.stream(self._stream):
-            for view, block in zip(views, blocks, strict=True):
-                self._kv[block].copy_(view, non_blocking=self._stream is not None)
-        self._wait()
-        return True
+        """Host to device; False if a checksum differs, and then the blocks hold nothing of use.
 
-    def _wait(self) -> None:
-        """The copies are over when this returns, so blocks and slots may be used at once."""
-        if self._stream is not None:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-            event.synchronize()
+        checksums: None to copy unchecked.
+        """
+        waits: list[Wait] = []
+        intact = True
+        for number, (slot, block) in enumerate(zip(slots, blocks, strict=True)):
+            view = pool.slots[slot, : self._bytes]
+            if checksums is not None:
+                intact = xxhash.xxh3_64_intdigest(view.data) == checksums[number]
+                if not intact:
+                    break
+            waits.append(self.lane.back(view, block))
+        # Copies that were started must end, whatever became of the rest: their blocks are reused.
+        for wait in waits:
+            wait()
+        return intact
