@@ -178,17 +178,24 @@ async def test_an_outage_is_served_through(
         await recovers(scheduler)
         await scheduler.kill()
         held = await in_redis(valkey)
-        assert {"long", "last"} <= held.keys()
-        seen = {"long": long.tokens, "last": last.tokens}
-        for name, seed in (("long", 1), ("last", 2)):
-            output = list(held[name].output)
+        # On a slow machine the outage lasts longer than a job: then it ended with all of its tokens.
+        live = [
+            job for job in ((long, 1, length), (last, 2, 400)) if not (job[0].finish and _all(*job))
+        ]
+        for view, seed, _ in live:
+            output = list(held[view.job_id].output)
             assert output == expected_tokens(seed, len(output))
-            assert len(output) >= len(seen[name]), "a client saw what Redis does not hold"
+            assert len(output) >= len(view.tokens), "a client saw what Redis does not hold"
     async with running_scheduler(valkey, worker) as second, connected(second.address) as gateway:
-        for name, seed, count in (("long", 1, length), ("last", 2, 400)):
-            rest = await gateway.attach(name, len(seen[name]))
+        for view, seed, count in live:
+            rest = await gateway.attach(view.job_id, len(view.tokens))
             await rest.finished()
-            assert seen[name] + rest.tokens == expected_tokens(seed, count)
+            assert view.tokens + rest.tokens == expected_tokens(seed, count)
+
+
+def _all(view: JobView, seed: int, count: int) -> bool:
+    assert view.tokens == expected_tokens(seed, count)
+    return True
 
 
 async def _churn(scheduler: RunningScheduler, gateway: GatewayClient, until: float) -> int:
@@ -220,11 +227,15 @@ async def test_a_redis_that_restarted_empty_holds_everything_again(
         for view in views:
             await view.accepted()
         await worker.gate.step(10)
-        await eventually(lambda: sum(len(view.tokens) for view in views) >= 10, "tokens")
-        valkey.stop()
-        valkey.start()
         leader = scheduler.service.leader
         assert leader is not None
+        # Nothing changes any more once all that ran was heard of.
+        await eventually(
+            lambda: leader.snapshot(include_jobs=False).workers[0].iterations == 10,
+            "ten iterations",
+        )
+        valkey.stop()
+        valkey.start()
         await eventually(lambda: leader.journal.losses == 1 and leader.journal.durable)
         held = await in_redis(valkey)
         assert held.keys() == {*names, "ended"}
