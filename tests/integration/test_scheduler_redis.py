@@ -178,7 +178,7 @@ async def test_an_outage_is_served_through(
         await recovers(scheduler)
         await scheduler.kill()
         held = await in_redis(valkey)
-        # On a slow machine the outage lasts longer than a job: then it ended with all of its tokens.
+        # On a slow machine the outage outlasts a job: then it ended with all of its tokens.
         live = [
             job for job in ((long, 1, length), (last, 2, 400)) if not (job[0].finish and _all(*job))
         ]
