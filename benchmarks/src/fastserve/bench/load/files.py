@@ -1,0 +1,121 @@
+"""What a benchmark leaves in its folder: a CSV of the runs, and plots."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from fastserve.bench.load.report import Report
+
+_STYLES: Final = {"mean": ("o", "-"), "p50": ("s", "--"), "p95": ("^", "-."), "p99": ("D", ":")}
+# Okabe and Ito's colours, which people of all kinds of colour vision can tell apart.
+COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LATENCIES: Final = {"ttft_s": "time to first token (s)", "tpot_s": "time per output token (s)"}
+
+
+def make_folder(folder: Path) -> None:
+    """Raises ValueError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out: {folder} cannot be written to")
+
+
+def write_csv(path: Path, reports: Sequence[Report]) -> None:
+    """One row per run; `ttft_s_p95` and the like in seconds."""
+    rows = [_flat(found) for found in reports]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _flat(found: Report) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, value in found.items():
+        if name == "errors":
+            row[name] = "; ".join(f"{count} x {error}" for error, count in value.items())
+        elif isinstance(value, dict):
+            row |= {f"{name}_{part}": inner for part, inner in value.items()}
+        else:
+            row[name] = value
+    return row
+
+
+def plot(curves: Mapping[str, Sequence[Report]], folder: Path, *, title: str) -> list[Path]:
+    """Latencies and throughput over the rate or the number of clients, a colour per curve.
+
+    Writes load.png and load.svg into `folder`, the same bytes for the same reports.
+    """
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    all_axes = figure.subplots(1, 3)
+    closed = next(iter(curves.values()))[0]["concurrency"] is not None
+    for axes, (metric, words) in zip(all_axes, _LATENCIES.items(), strict=False):
+        for colour, (name, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
+            for statistic in ("p50", "p99"):
+                marker, line = _STYLES[statistic]
+                points = _points(reports, metric, statistic)
+                label = f"{name} {statistic.upper()}".strip()
+                axes.plot(*points, color=colour, marker=marker, ls=line, ms=4, label=label)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel(words)
+    axes = all_axes[-1]
+    for colour, (name, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
+        points = _points(reports, "output_tokens_per_s", None)
+        axes.plot(*points, color=colour, marker="o", ms=4, label=name)
+    axes.set_ylabel("output tokens/s")
+    axes.set_ylim(bottom=0)
+    for axes in all_axes:
+        _levels(axes, next(iter(curves.values())), closed=closed)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    paths = [folder / "load.png", folder / "load.svg"]
+    # Ids and dates in the SVG would make every file new.
+    with matplotlib.rc_context({"svg.hashsalt": "fastserve"}):
+        figure.savefig(paths[0], dpi=150)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[at % len(COLOURS)] for at in range(count)]
+
+
+def _level(found: Report) -> float:
+    if found["concurrency"] is not None:
+        return float(found["concurrency"])
+    return float(found["rate"] or 0.0)
+
+
+def _points(
+    reports: Sequence[Report], metric: str, statistic: str | None
+) -> tuple[list[float], list[float]]:
+    points = []
+    for found in sorted(reports, key=_level):
+        value = found[metric] if statistic is None else found[metric][statistic]
+        if value is not None:
+            points.append((_level(found), value))
+    return [level for level, _ in points], [value for _, value in points]
+
+
+def _levels(axes: Axes, reports: Sequence[Report], *, closed: bool) -> None:
+    axes.set_xlabel("concurrent clients" if closed else "requests/s")
+    if closed:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({_level(found) for found in reports}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(True, which="major", alpha=0.3)
