@@ -75,6 +75,7 @@ class Choice:
         self.tokens = 0  # that the answer is made of, stop token and stop string included
         self.finish_reason: str | None = None
         self._options = options
+        self._plain = not options.stop and not options.logprobs  # text is all there is to it
         self._pieces = tokenizer.pieces
         self._detokenizer = tokenizer.detokenizer(continuation=options.continuation)
         self._stops = StopStrings(options.stop)
@@ -110,6 +111,9 @@ class Choice:
 
     def _take(self, tokens: Sequence[Token]) -> str:
         """The text that these tokens let out, up to a stop string."""
+        if self._plain:
+            self.tokens += len(tokens)
+            return self._detokenizer.feed_all([token_id for token_id, _ in tokens])
         text = ""
         for token in tokens:
             if self._stops.found:
@@ -200,6 +204,10 @@ class Generation:
     def first_token_s(self) -> float | None:
         """Seconds from the request to its first token."""
         return self._times.first_token_s
+
+    def nudge(self) -> None:
+        """Let `next` return, with or without news."""
+        self._wake.set()
 
     async def next(self) -> list[Delta]:
         """Wait for news of the open choices. Raises `ApiError` if a job failed."""
