@@ -136,8 +136,8 @@ async def _measure(
 def _table(found: Sequence[dict[str, Any]]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for words in (
-        *("case", "streams", "offered tokens/s", "through", "failed", "CPU s"),
-        *("tokens per CPU s", "tokens per event", "µs per event", "TTFT P99", "ITL P50", "P99"),
+        *("case", "streams", "offered", "through", "failed", "CPU s"),
+        *("tokens/CPU s", "tokens/event", "µs/event", "TTFT P99", "ITL P50", "P99"),
         *("client CPU", "MB"),
     ):
         shown.add_column(words, justify="left" if words == "case" else "right")
@@ -202,6 +202,9 @@ def main() -> int:
             print(json.dumps(row))
     else:
         Console(width=None if sys.stdout.isatty() else 150).print(_table(found))
+        for row in found:
+            for why, count in row["errors"].items():
+                print(f"{row['case']}: {count} x {why}")
     return 1 if any(row["failed"] for row in found) else 0
 
 

@@ -53,16 +53,12 @@ class StubScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         await context.read()  # Hello
         await context.write(scheduler_pb2.ServeResponse(welcome=welcome))
         jobs: dict[int, _Job] = {}
-        turn = asyncio.Lock()  # one message at a time whoever writes
-        talking = asyncio.ensure_future(self._talk(context, turn, jobs))
+        talking = asyncio.ensure_future(self._talk(context, jobs))
         try:
             while (request := await context.read()) is not aio.EOF:
                 match request.WhichOneof("message"):
                     case "submit":
                         submit = request.submit
-                        accepted = scheduler_pb2.Accepted(handle=submit.handle)
-                        async with turn:
-                            await context.write(scheduler_pb2.ServeResponse(accepted=accepted))
                         jobs[submit.handle] = _Job(submit.handle, submit.sampling.max_tokens)
                     case "cancel":
                         for handle in request.cancel.handles:
@@ -72,18 +68,17 @@ class StubScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             with contextlib.suppress(asyncio.CancelledError):
                 await talking
 
-    async def _talk(self, context: Any, turn: asyncio.Lock, jobs: dict[int, _Job]) -> None:
+    async def _talk(self, context: Any, jobs: dict[int, _Job]) -> None:
         due = time.perf_counter()
         while True:
             due = max(due + self._iteration_s, time.perf_counter())
             await asyncio.sleep(due - time.perf_counter())
-            async with turn:
-                if jobs:
-                    await context.write(scheduler_pb2.ServeResponse(tokens=_batch(jobs)))
+            if jobs:
+                await context.write(scheduler_pb2.ServeResponse(tokens=_batch(jobs)))
 
 
 def _batch(jobs: dict[int, _Job]) -> scheduler_pb2.TokenBatch:
-    """The next token of every job."""
+    """The next token of every job; a first one says that the job is accepted, too."""
     batch = scheduler_pb2.TokenBatch(
         handles=list(jobs),
         first_indexes=[job.sent for job in jobs.values()],

@@ -88,6 +88,10 @@ class Choice:
 
         If a stop string is found, what follows it is ignored and `finish_reason` is set.
         """
+        if self._plain and not finish and self.tokens >= self._seen:
+            text = self._take(tokens)
+            self._shown += len(text)
+            return Delta(self.index, text, [], None)
         stop_token: Sequence[Token] = ()
         if finish == sampling_pb2.FINISH_REASON_STOP:  # the last token ended it and is no text
             tokens, stop_token = tokens[:-1], tokens[-1:]
