@@ -10,6 +10,7 @@ import typer
 from fastserve.bench.cli import OneSentence
 from fastserve.cli.state import StateFolder, default_folder
 
+_WHO = "Who is compared"
 _WHAT = "What is sent"
 _WHEN = "When it is sent"
 _HOW = "Requests"
@@ -271,6 +272,173 @@ def serve(
             warmup=warmup,
             slo_ttft=slo_ttft,
             slo_tpot=slo_tpot,
+            as_json=as_json,
+            out=out,
+        )
+    )
+
+
+@app.command(cls=OneSentence)
+def compare(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hugging Face folder or .gguf file (default: SmolLM2-135M-Instruct).",
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="The same weights for llama.cpp (default: the model, if it is a GGUF file).",
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    fastserve: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FLAGS",
+            help='Flags of `fastserve up`, such as "--dtype bfloat16"; repeat to compare several.',
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            help="Environment or executable of vLLM (default: on PATH).",
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    llama_server: Annotated[
+        Path | None,
+        typer.Option(
+            help="Executable of llama.cpp's server (default: on PATH).",
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    llama_types: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What llama.cpp's weights are quantised to beside the file as it is (default: "
+            "Q8_0); needs llama-quantize beside its server; none: nothing.",
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    transformers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Environment or executable of transformers (default: on PATH).",
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of fastserve,vllm,llama.cpp,transformers, in this order (default: all).",
+            show_default=False,
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--concurrency",
+            "-c",
+            help="Requests at a time (default: 1,8,32, or none with --rate).",
+            show_default=False,
+            rich_help_panel=_WHEN,
+        ),
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rate",
+            "-r",
+            help="Requests per second, on schedule.",
+            show_default=False,
+            rich_help_panel=_WHEN,
+        ),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            "--requests",
+            "-n",
+            min=1,
+            help="Of a run (default: two per request at a time, at least 4; 64 at a rate).",
+            show_default=False,
+            rich_help_panel=_WHEN,
+        ),
+    ] = None,
+    repeat: Annotated[
+        int,
+        typer.Option(min=1, help="Runs of each kind; the best counts.", rich_help_panel=_WHEN),
+    ] = 1,
+    prompt_tokens: Annotated[int, typer.Option(min=1, rich_help_panel=_WHAT)] = 44,
+    output_tokens: Annotated[int, typer.Option(min=1, rich_help_panel=_WHAT)] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.", rich_help_panel=_WHAT)] = 0,
+    start_timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds that a server has to come up.", rich_help_panel=_HOW),
+    ] = 300.0,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds after which a request has failed.", rich_help_panel=_HOW),
+    ] = 600.0,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object per run, a line each.", rich_help_panel=_OUTPUT
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for compare.csv and plots.", show_default=False, rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+) -> None:
+    """Measure FastServe and other servers one after the other: same weights, same requests.
+
+    Starts FastServe, vLLM, llama.cpp's server and `transformers serve`, each with the settings that
+    it is fastest with on this machine, and skips what is not installed. Examples:
+
+        fastserve bench compare --llama-server ~/llama.cpp/build/bin/llama-server
+
+        fastserve bench compare --vllm ~/vllm-env --only fastserve,vllm -c 1,8,32 --out results
+
+        fastserve bench compare --fastserve "--policy fcfs" --fastserve "--policy fastserve" -r 1,2
+
+    On a busy machine the figures mean nothing.
+    """
+    from fastserve.bench.compare.command import Asked, run
+
+    run(
+        Asked(
+            model=model,
+            gguf=gguf,
+            fastserve=fastserve or [],
+            vllm=vllm,
+            llama_server=llama_server,
+            llama_types=[kind for kind in (llama_types or ["Q8_0"]) if kind != "none"],
+            transformers=transformers,
+            only=only or [],
+            concurrency=concurrency or ([] if rate else ["1,8,32"]),
+            rates=rate or [],
+            requests=requests,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            seed=seed,
+            repeat=repeat,
+            start_timeout=start_timeout,
+            timeout=timeout,
             as_json=as_json,
             out=out,
         )

@@ -52,20 +52,22 @@ def _flat(found: Report) -> dict[str, Any]:
     return row
 
 
-def plot(curves: Mapping[str, Sequence[Report]], folder: Path, *, title: str) -> list[Path]:
+def plot(
+    curves: Mapping[str, Sequence[Report]], folder: Path, *, title: str, name: str = "load"
+) -> list[Path]:
     """Latencies and throughput over the rate or the number of clients, a colour per curve.
 
-    Writes load.png and load.svg into `folder`, the same bytes for the same reports.
+    Writes NAME.png and NAME.svg into `folder`, the same bytes for the same reports.
     """
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     all_axes = figure.subplots(1, 3)
     closed = next(iter(curves.values()))[0]["concurrency"] is not None
     for axes, (metric, words) in zip(all_axes, _LATENCIES.items(), strict=False):
-        for colour, (name, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
+        for colour, (curve, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
             for statistic in ("p50", "p99"):
                 marker, line = _STYLES[statistic]
                 points = _points(reports, metric, statistic)
-                label = f"{name} {statistic.upper()}".strip()
+                label = f"{curve} {statistic.upper()}".strip()
                 axes.plot(*points, color=colour, marker=marker, ls=line, ms=4, label=label)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -73,9 +75,9 @@ def plot(curves: Mapping[str, Sequence[Report]], folder: Path, *, title: str) ->
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel(words)
     axes = all_axes[-1]
-    for colour, (name, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
+    for colour, (curve, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
         points = _points(reports, "output_tokens_per_s", None)
-        axes.plot(*points, color=colour, marker="o", ms=4, label=name)
+        axes.plot(*points, color=colour, marker="o", ms=4, label=curve)
     axes.set_ylabel("output tokens/s")
     axes.set_ylim(bottom=0)
     for axes in all_axes:
@@ -83,7 +85,7 @@ def plot(curves: Mapping[str, Sequence[Report]], folder: Path, *, title: str) ->
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     figure.suptitle(title, fontsize="medium")
-    paths = [folder / "load.png", folder / "load.svg"]
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     # Ids and dates in the SVG would make every file new.
     with matplotlib.rc_context({"svg.hashsalt": "fastserve"}):
         figure.savefig(paths[0], dpi=150)

@@ -112,11 +112,20 @@ async def prompt_maker(target: Target, tokenizer: Path | None) -> PromptMaker:
         count, whose = found, "the server's /tokenize"
     words = await single_tokens(WORDS, count)
     if not words:
-        raise PromptError(f"{whose} knows none of the words that prompts are made of")
+        raise PromptError(f"{whose} knows no word as one token: give texts with --prompts")
     overhead = await _overhead(target, words[0])
     if overhead is None:
         return PromptMaker(words, 0, f"by {whose}, without what the server adds to a prompt")
     return PromptMaker(words, overhead, f"by {whose}")
+
+
+async def local_maker(tokenizer: Path) -> PromptMaker:
+    """Made without a server, for several that share a tokenizer. Raises `PromptError`."""
+    count, whose = _local(tokenizer), f"the tokenizer of {tokenizer}"
+    words = await single_tokens(WORDS, count)
+    if not words:
+        raise PromptError(f"{whose} knows no word as one token")
+    return PromptMaker(words, await count(f" {words[0]}") - 1, f"by {whose}")
 
 
 async def single_tokens(words: Sequence[str], count: Count) -> list[str]:
