@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fastserve.bench.load.report import Report
 
-_STYLES: Final = {"mean": ("o", "-"), "p50": ("s", "--"), "p95": ("^", "-."), "p99": ("D", ":")}
+_STYLES: Final = {"p50": ("o", "-"), "p99": ("D", ":")}
 # Okabe and Ito's colours, which people of all kinds of colour vision can tell apart.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LATENCIES: Final = {"ttft_s": "time to first token (s)", "tpot_s": "time per output token (s)"}
@@ -63,21 +63,27 @@ def plot(
     all_axes = figure.subplots(1, 3)
     closed = next(iter(curves.values()))[0]["concurrency"] is not None
     for axes, (metric, words) in zip(all_axes, _LATENCIES.items(), strict=False):
+        anything = False
         for colour, (curve, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
             for statistic in ("p50", "p99"):
                 marker, line = _STYLES[statistic]
-                points = _points(reports, metric, statistic)
+                # A logarithm has no place for 0, which all tokens in one piece give.
+                points = [(x, y) for x, y in _points(reports, metric, statistic) if y > 0]
+                anything = anything or bool(points)
                 label = f"{curve} {statistic.upper()}".strip()
-                axes.plot(*points, color=colour, marker=marker, ls=line, ms=4, label=label)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+                xs, ys = [x for x, _ in points], [y for _, y in points]
+                axes.plot(xs, ys, color=colour, marker=marker, ls=line, ms=4, label=label)
+        if anything:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel(words)
     axes = all_axes[-1]
     for colour, (curve, reports) in zip(_cycle(len(curves)), curves.items(), strict=True):
         points = _points(reports, "output_tokens_per_s", None)
-        axes.plot(*points, color=colour, marker="o", ms=4, label=curve)
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.plot(xs, ys, color=colour, marker="o", ms=4, label=curve)
     axes.set_ylabel("output tokens/s")
     axes.set_ylim(bottom=0)
     for axes in all_axes:
@@ -105,13 +111,13 @@ def _level(found: Report) -> float:
 
 def _points(
     reports: Sequence[Report], metric: str, statistic: str | None
-) -> tuple[list[float], list[float]]:
+) -> list[tuple[float, float]]:
     points = []
     for found in sorted(reports, key=_level):
         value = found[metric] if statistic is None else found[metric][statistic]
         if value is not None:
             points.append((_level(found), value))
-    return [level for level, _ in points], [value for _, value in points]
+    return points
 
 
 def _levels(axes: Axes, reports: Sequence[Report], *, closed: bool) -> None:
