@@ -22,7 +22,7 @@ from fastserve.bench.compare import contenders as those
 from fastserve.bench.compare.contenders import Contender, Missing, Needs
 from fastserve.bench.compare.show import table
 from fastserve.bench.load.command import end, progress, raise_file_limit, stop_on_signals
-from fastserve.bench.load.files import make_folder, plot, write_csv
+from fastserve.bench.load.files import make_folder, write_csv
 from fastserve.bench.load.http import Address, HttpClient
 from fastserve.bench.load.options import concurrencies
 from fastserve.bench.load.plan import Lengths, fit, made
@@ -285,6 +285,8 @@ def _print(asked: Asked, reports: Sequence[Report], missing: Sequence[Missing]) 
         _say(f"skipped {one.name}: {one.why}")
     if asked.out is None or not reports:
         return
+    from fastserve.bench.load.plot import plot
+
     paths = [asked.out / "compare.csv"]
     write_csv(paths[0], [{**found, "notes": "; ".join(found["notes"])} for found in reports])
     for kind in ("concurrency", "rate"):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
 
+import numpy as np
 import typer
 import uvloop
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastserve.bench.arrivals import LoadError, mean_rate
 from fastserve.bench.load import show
-from fastserve.bench.load.files import make_folder, plot, write_csv
+from fastserve.bench.load.files import make_folder, write_csv
 from fastserve.bench.load.http import Address, HttpClient, RequestError
 from fastserve.bench.load.options import Asked, Level, Load, check, maker_of, requests_of
 from fastserve.bench.load.prompts import PromptMaker
@@ -49,6 +50,8 @@ def run(asked: Asked) -> None:
         end("interrupted before the first request had ended", _INTERRUPTED)
     _print(reports, as_json=asked.as_json)
     if asked.out is not None:
+        from fastserve.bench.load.plot import plot
+
         paths = [asked.out / "runs.csv"]
         write_csv(paths[0], reports)
         title = f"{reports[0]['model']}, {load.name}, {load.requests:,} requests a run"
@@ -155,8 +158,6 @@ async def _level(
             result = await runner.closed_loop(requests, level.concurrency)
     rate = level.rate
     if level.concurrency is None and rate is None:
-        import numpy as np
-
         rate = mean_rate(np.array([request.due_s for request in requests]))
     return report(
         result,
