@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload benchmarks cli
 STAMP := $(VENV)/.fastserve-installed
 
-.PHONY: help setup run test test-all lint format proto bench-scheduler clean
+.PHONY: help setup run test test-all lint format proto bench-scheduler bench-gateway bench-compare clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -55,6 +55,12 @@ proto: setup ## Generate the gRPC code from proto/fastserve/v1
 
 bench-scheduler: setup ## Time plans, reports and submissions of the scheduler's core
 	@$(BIN)/python -m fastserve.bench.scheduler_speed
+
+bench-gateway: setup ## Measure what one gateway process carries, in front of a stub scheduler
+	@$(BIN)/python -m fastserve.bench.gateway_speed
+
+bench-compare: setup ## Measure FastServe and the servers that are installed beside it (PEERS="--vllm PATH")
+	@$(BIN)/fastserve bench compare $(PEERS)
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

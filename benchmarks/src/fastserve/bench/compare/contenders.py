@@ -66,7 +66,7 @@ def fastserve(needs: Needs, flags: Sequence[str], state: Path, number: int) -> C
     argv += ["--state-dir", str(state / f"fastserve-{number}"), "--model", str(needs.folder)]
     argv += ["--served-model-name", "compared", "--max-num-seqs", str(needs.streams)]
     return Contender(
-        name, "as it chooses" if not flags else "by flags", "compared", [*argv, *flags]
+        name, "its choice" if not flags else "by flags", "compared", [*argv, *flags]
     )
 
 
