@@ -65,9 +65,7 @@ def fastserve(needs: Needs, flags: Sequence[str], state: Path, number: int) -> C
     argv = [sys.executable, "-m", "fastserve.cli", "up", "--port", "{port}"]
     argv += ["--state-dir", str(state / f"fastserve-{number}"), "--model", str(needs.folder)]
     argv += ["--served-model-name", "compared", "--max-num-seqs", str(needs.streams)]
-    return Contender(
-        name, "its choice" if not flags else "by flags", "compared", [*argv, *flags]
-    )
+    return Contender(name, "its choice" if not flags else "by flags", "compared", [*argv, *flags])
 
 
 def vllm(needs: Needs, place: Path | None) -> Contender | Missing:
