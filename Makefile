@@ -9,7 +9,8 @@ MUTANTS ?= 120
 MUTATED ?= core\.(planner|kv_planner|reports|group|run_queue|draft|policies)
 STAMP := $(VENV)/.fastserve-installed
 
-.PHONY: help setup run test test-all mutation lint format proto bench-scheduler bench-redis bench-kv clean
+.PHONY: help setup run test test-all mutation lint format proto clean \
+  bench-scheduler bench-redis bench-kv bench-gateway bench-compare
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -78,6 +79,12 @@ bench-redis: setup ## Time the write of an iteration to Redis, and the recovery 
 
 bench-kv: setup ## Time KV copies between device and host against a plain memory copy
 	@$(BIN)/python -m fastserve.worker.bench_kv
+
+bench-gateway: setup ## Measure what one gateway process carries, in front of a stub scheduler
+	@$(BIN)/python -m fastserve.bench.gateway_speed
+
+bench-compare: setup ## Measure FastServe and the servers that are installed beside it (PEERS="--vllm PATH")
+	@$(BIN)/fastserve bench compare $(PEERS)
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

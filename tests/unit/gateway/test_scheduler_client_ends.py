@@ -196,6 +196,23 @@ async def test_scheduler_that_does_not_answer(scheduler: ScriptedScheduler) -> N
         assert client.jobs == 0
 
 
+async def test_a_scheduler_that_says_something_is_waited_for(
+    scheduler: ScriptedScheduler,
+) -> None:
+    """After a burst it takes long to read all answers; only silence means that none will come."""
+    async with running_client(scheduler.address, answer_timeout_s=0.2) as client:
+        session = await scheduler.session()
+        follower = Follower(client)
+        submitting = follower.submit("a", prompt_token_ids=[7])
+        submit = await session.receive("submit")
+        for _ in range(8):  # for twice the time-out
+            await asyncio.sleep(0.05)
+            await session.welcome(ready=True)
+        assert not submitting.done()
+        await session.accept(submit.handle)
+        assert (await submitting).job_id == "a"
+
+
 async def test_no_scheduler_at_all(tmp_path: Path) -> None:
     submit = scheduler_pb2.Submit(job_id="a")
     async with running_client(f"unix:{tmp_path}/nobody", answer_timeout_s=0.05) as client:

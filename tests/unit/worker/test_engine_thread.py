@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import cast
 
 import pytest
 
 from fastserve.worker.engine import Engine, Iteration
 from fastserve.worker.engine_thread import EngineThread
+from support.waiting import eventually
 
 
 class _Broken:
     """An engine with a bug that shows in its first iteration."""
 
-    runnable = False
+    runnable = has_rows = False
 
     def step(self) -> Iteration:
         raise RuntimeError("a bug")
@@ -44,3 +46,41 @@ async def test_questions_are_answered_between_iterations() -> None:
         assert await thread.ask(lambda engine: engine.runnable) is False
     await thread.stop()
     assert not thread.failure.done()
+
+
+class _Leased:
+    """An engine whose plan is good for one iteration."""
+
+    runnable = has_rows = False
+
+    def plan(self, *, rows: bool = True) -> None:
+        self.runnable = self.has_rows = rows
+
+    def step(self) -> Iteration:
+        self.runnable = False
+        return Iteration(1, 1)
+
+    def idle_report(self) -> Iteration | None:
+        return None
+
+
+async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:
+    thread = EngineThread(asyncio.get_running_loop())
+    engine, seen = _Leased(), list[Iteration]()
+    thread.start(cast(Engine, engine), seen.append)
+    thread.post(lambda _: engine.plan())
+    await eventually(lambda: len(seen) == 1)
+    waited = time.perf_counter()
+    await asyncio.sleep(0.05)  # the plan is late
+    waited = time.perf_counter() - waited
+    thread.post(lambda _: engine.plan())
+    await eventually(lambda: len(seen) == 2)
+    # A plan without rows, or a scheduler that is gone: there is nothing to wait for.
+    thread.post(lambda _: engine.plan(rows=False))
+    await asyncio.sleep(0.05)
+    thread.post(lambda _: engine.plan())
+    await eventually(lambda: len(seen) == 3)
+    await thread.stop()
+    assert seen[0].control_seconds is None
+    assert seen[1].control_seconds is not None and seen[1].control_seconds >= waited
+    assert seen[2].control_seconds is None

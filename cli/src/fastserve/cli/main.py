@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from fastserve.bench.cli import OneSentence, simulate
+from fastserve.cli import bench
 from fastserve.cli.chat import Chat, print_answer
 from fastserve.cli.errors import CliError
 from fastserve.cli.stack import Options
@@ -308,6 +309,7 @@ def logs(
 
 
 app.command(cls=OneSentence)(simulate)
+app.add_typer(bench.app, name="bench")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from fastserve.gateway.generation import Delta, ScoredToken
 
 Json = dict[str, Any]
 
+_MARK: Final = "\0"  # found again in a chunk, after which nothing else of a request's own comes
 _UNLIKELY: Final = -9999.0  # stands for minus infinity, which JSON does not have
 
 
@@ -59,6 +60,8 @@ class AnswerFormat(ABC):
         self._pieces = pieces
         self._top = logprobs
         self._begun: set[int] = set()
+        # What stands before and after the text in a chunk with text alone, by choice.
+        self._frames: dict[tuple[int, bool], tuple[bytes, bytes]] = {}
 
     def resume(self, choices: Sequence[int]) -> None:
         """The client has the beginning of these already."""
@@ -72,8 +75,24 @@ class AnswerFormat(ABC):
 
     def chunk(self, delta: Delta, *, with_usage: bool) -> bytes | None:
         """None if there is nothing to show yet. `with_usage`: a usage chunk will follow."""
-        if not delta.text and not delta.scored and delta.finish_reason is None:
-            return None
+        if not delta.scored and delta.finish_reason is None:
+            if not delta.text:
+                return None
+            if delta.choice in self._begun:
+                return self._framed(delta, with_usage=with_usage)
+        return self._chunk(delta, with_usage=with_usage)
+
+    def _framed(self, delta: Delta, *, with_usage: bool) -> bytes:
+        """`_chunk` for all chunks that differ in their text alone."""
+        key = delta.choice, with_usage
+        frame = self._frames.get(key)
+        if frame is None:
+            chunk = self._chunk(delta._replace(text=_MARK), with_usage=with_usage)
+            before, _, after = chunk.rpartition(orjson.dumps(_MARK))
+            frame = self._frames[key] = before, after
+        return b"%b%b%b" % (frame[0], orjson.dumps(delta.text), frame[1])
+
+    def _chunk(self, delta: Delta, *, with_usage: bool) -> bytes:
         body = self._body(self._chunk_object)
         body["choices"] = [self._chunk_choice(delta, first=delta.choice not in self._begun)]
         self._begun.add(delta.choice)

@@ -141,6 +141,12 @@ class Detokenizer:
             return ""
         return self._stripped(self._decoder.decode(self._pieces[token_id]))
 
+    def feed_all(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete, as if fed one by one."""
+        pieces = self._pieces
+        kept = [pieces[token_id] for token_id in token_ids if not pieces.is_special(token_id)]
+        return self._stripped(self._decoder.decode(b"".join(kept)))
+
     def flush(self) -> str:
         """At the end: U+FFFD if the tokens end in the middle of a character."""
         return self._stripped(self._decoder.decode(b"", True))

@@ -75,6 +75,7 @@ class Choice:
         self.tokens = 0  # that the answer is made of, stop token and stop string included
         self.finish_reason: str | None = None
         self._options = options
+        self._plain = not options.stop and not options.logprobs  # text is all there is to it
         self._pieces = tokenizer.pieces
         self._detokenizer = tokenizer.detokenizer(continuation=options.continuation)
         self._stops = StopStrings(options.stop)
@@ -87,6 +88,10 @@ class Choice:
 
         If a stop string is found, what follows it is ignored and `finish_reason` is set.
         """
+        if self._plain and not finish and self.tokens >= self._seen:
+            text = self._take(tokens)
+            self._shown += len(text)
+            return Delta(self.index, text, [], None)
         stop_token: Sequence[Token] = ()
         if finish == sampling_pb2.FINISH_REASON_STOP:  # the last token ended it and is no text
             tokens, stop_token = tokens[:-1], tokens[-1:]
@@ -110,6 +115,9 @@ class Choice:
 
     def _take(self, tokens: Sequence[Token]) -> str:
         """The text that these tokens let out, up to a stop string."""
+        if self._plain:
+            self.tokens += len(tokens)
+            return self._detokenizer.feed_all([token_id for token_id, _ in tokens])
         text = ""
         for token in tokens:
             if self._stops.found:
@@ -200,6 +208,10 @@ class Generation:
     def first_token_s(self) -> float | None:
         """Seconds from the request to its first token."""
         return self._times.first_token_s
+
+    def nudge(self) -> None:
+        """Let `next` return, with or without news."""
+        self._wake.set()
 
     async def next(self) -> list[Delta]:
         """Wait for news of the open choices. Raises `ApiError` if a job failed."""

@@ -62,6 +62,7 @@ class SchedulerClient:
         self._welcomed = asyncio.Event()
         self._down_since = time.monotonic()
         self.welcome: scheduler_pb2.Welcome | None = None  # the last one, also while disconnected
+        self._heard = 0  # messages of the scheduler
         self.losses = 0  # streams that broke
         self._others = 0  # jobs of other gateways there, as of the last Welcome
         self._expected = 0  # jobs that come and are not submitted yet
@@ -131,12 +132,15 @@ class SchedulerClient:
         self._jobs[job.handle] = job
         self._introduce(job)
         try:
-            async with asyncio.timeout(patience):
-                await job.answer
-        except BaseException as error:
+            while not job.answer.done():
+                heard = self._heard
+                await asyncio.wait((job.answer,), timeout=patience)
+                # A burst may keep this process from reading: what counts is silence.
+                if not job.answer.done() and self._heard == heard:
+                    raise SchedulerLostError("the scheduler does not answer")
+            job.answer.result()
+        except BaseException:
             self.cancel(job)
-            if isinstance(error, TimeoutError):
-                raise SchedulerLostError("the scheduler does not answer") from error
             raise
         return job
 
@@ -274,6 +278,7 @@ class SchedulerClient:
             self._take(response)
 
     def _take(self, response: scheduler_pb2.ServeResponse) -> None:
+        self._heard += 1
         match response.WhichOneof("message"):
             case "tokens":
                 self._deliver(response.tokens)

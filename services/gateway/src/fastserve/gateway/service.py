@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import os
 import socket
@@ -134,6 +135,8 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
     """The whole process, for `run_service`. Raises `StartupError`."""
     service = Service(settings)
     service.listen()
+    gc.collect()
+    gc.freeze()  # what is here now stays: full collections need not walk it again
 
     def announce() -> None:
         announce_ready(

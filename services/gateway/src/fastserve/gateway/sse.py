@@ -17,12 +17,13 @@ from typing import Final
 
 import structlog
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fastserve.gateway.answers import AnswerFormat, Usage
 from fastserve.gateway.disconnect import unless_gone
 from fastserve.gateway.errors import ApiError, ClientGoneError, InternalError
 from fastserve.gateway.generation import Delta, Generation
+from fastserve.gateway.stream_watch import StreamWatch
 
 log = structlog.get_logger(__name__)
 
@@ -64,25 +65,45 @@ class EventStream(Response):
         self._settings = settings
         self._on_ping = on_ping
         self._on_end = on_end
+        self._silent = False  # a ping is due
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error: ApiError | None = ClientGoneError()
         try:
-            error = await unless_gone(receive, self._write(send))
+            error = await unless_gone(receive, self._watched(send))
         except ClientGoneError:
             pass
         finally:
             self._generation.close()
             self._on_end(error)
 
+    async def _watched(self, send: Send) -> ApiError | None:
+        """Write, with pings while there is silence. Raises `ClientGoneError` if nobody reads."""
+        settings = self._settings
+        watch = StreamWatch(settings.ping_interval, settings.send_timeout, self._nudge)
+
+        async def watched_send(message: Message) -> None:
+            watch.send_begins()
+            await send(message)
+            watch.send_ends()
+
+        try:
+            return await self._write(watched_send)
+        except asyncio.CancelledError:
+            if watch.stuck:
+                raise ClientGoneError from None
+            raise
+        finally:
+            watch.stop()
+
     async def _write(self, send: Send) -> ApiError | None:
         """Returns the error that ended the stream. Raises `ClientGoneError`."""
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await self._send(send, start)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         error = None
         try:
             while not self._generation.complete:
-                await self._send_body(send, await self._next())
+                if body := await self._next():
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             end = self._usage_event() + _DONE
         except ClientGoneError:
             raise
@@ -93,28 +114,31 @@ class EventStream(Response):
             error = InternalError()
         if error is not None:
             end = b"data: " + error.body() + b"\n\n"
-        await self._send_body(send, end, more=False)
+        await send({"type": "http.response.body", "body": end, "more_body": False})
         return error
 
+    def _nudge(self) -> None:
+        self._silent = True
+        self._generation.nudge()
+
     async def _next(self) -> bytes:
-        """The events of the next tokens, or a ping. Raises `ApiError`."""
-        try:
-            async with asyncio.timeout(self._settings.ping_interval):
-                deltas = await self._generation.next()
-        except TimeoutError:
+        """The events of the next tokens, or a ping, or nothing to show yet. Raises `ApiError`."""
+        deltas = await self._generation.next()
+        silent, self._silent = self._silent, False
+        if silent and not deltas:
             self._on_ping()
             return _PING
         return self._events(deltas)
 
     def _events(self, deltas: Sequence[Delta]) -> bytes:
-        chunks = (
-            self._answer.chunk(delta, with_usage=self._settings.include_usage) for delta in deltas
-        )
+        with_usage = self._settings.include_usage
+        chunks = [self._answer.chunk(delta, with_usage=with_usage) for delta in deltas]
         # All of them at once: an id counts for its event, so only the last one may have it.
-        events = [b"data: " + chunk + b"\n\n" for chunk in chunks if chunk is not None]
+        events = [b"data: %b\n\n" % chunk for chunk in chunks if chunk is not None]
         if events:
-            indexes = ",".join(str(choice.tokens - 1) for choice in self._generation.choices)
-            events[-1] = b"id: " + indexes.encode() + b"\n" + events[-1]
+            choices = self._generation.choices
+            indexes = ",".join([str(choice.tokens - 1) for choice in choices])
+            events[-1] = b"id: %b\n%b" % (indexes.encode(), events[-1])
         return b"".join(events)
 
     def _usage_event(self) -> bytes:
@@ -122,16 +146,3 @@ class EventStream(Response):
             return b""
         usage = Usage(self._prompt_tokens, self._generation.completion_tokens)
         return b"data: " + self._answer.usage_chunk(usage) + b"\n\n"
-
-    async def _send_body(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        if body or not more:
-            message = {"type": "http.response.body", "body": body, "more_body": more}
-            await self._send(send, message)
-
-    async def _send(self, send: Send, message: dict[str, object]) -> None:
-        """Raises `ClientGoneError` if the client does not read."""
-        try:
-            async with asyncio.timeout(self._settings.send_timeout):
-                await send(message)
-        except TimeoutError as error:
-            raise ClientGoneError from error

@@ -67,6 +67,7 @@ class Iteration:
     ops: list[OpResult] = field(default_factory=list)
     started: float = 0.0
     seconds: float = 0.0
+    control_seconds: float | None = None  # since the one before it, if that left rows
     context_tokens: int = 0
     traceparents: list[str] = field(default_factory=list)
 
@@ -139,6 +140,11 @@ class Engine:
     def runnable(self) -> bool:
         """Whether `step` would run an iteration."""
         return self._lease > 0 and bool(self._rows)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the plan in force has rows that have not finished."""
+        return bool(self._rows)
 
     def apply(self, plan: Plan) -> None:
         """Put a plan in force. What is wrong with one job fails that job alone."""

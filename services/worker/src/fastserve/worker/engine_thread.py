@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -80,15 +81,23 @@ class EngineThread:
             self._loop.call_soon_threadsafe(self.failure.set_exception, bug)
 
     def _run(self, engine: Engine) -> None:
+        left_at: float | None = None  # the last iteration ended and left rows
         while True:
             try:
                 action = self._inbox.get(block=not engine.runnable)
             except queue.Empty:
-                self._emit(engine.step())
+                began = time.perf_counter()
+                iteration = engine.step()
+                if left_at is not None:
+                    iteration.control_seconds = began - left_at
+                left_at = time.perf_counter() if engine.has_rows else None
+                self._emit(iteration)
                 continue
             if action is None:
                 return
             action(engine)
+            if not engine.has_rows:
+                left_at = None  # nothing to do is no overhead
             if not engine.runnable:
                 idle = engine.idle_report()
                 if idle is not None:

@@ -10,6 +10,11 @@ from fastserve.worker.engine import Iteration
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
+_CONTROL_SECONDS = (
+    *(0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025),
+    *(0.1, 1.0),
+)
+
 
 class Metrics:
     """All series, in a registry of their own."""
@@ -22,6 +27,13 @@ class Metrics:
             "Duration of an iteration, sampling included",
             ["phase"],
             buckets=_SECONDS,
+            registry=registry,
+        )
+        self.control = Histogram(
+            "fastserve_control_seconds",
+            "Time between two iterations while rows were there to run: waiting for a plan, putting "
+            "it in force (sum over that of fastserve_iteration_seconds: control overhead)",
+            buckets=_CONTROL_SECONDS,
             registry=registry,
         )
         self.swap_bytes = Counter(
@@ -67,6 +79,8 @@ class Metrics:
         prefilled = sum(new for _, new, _ in iteration.rows if new > 1)
         phase = "prefill" if prefilled else "decode"
         self.iteration.labels(phase).observe(iteration.seconds)
+        if iteration.control_seconds is not None:
+            self.control.observe(iteration.control_seconds)
         self._running.set(len(iteration.rows))
         self._prompt.inc(prefilled)
         self._generated.inc(len(iteration.sampled))

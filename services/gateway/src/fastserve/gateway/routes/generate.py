@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from fastapi import Request
 from opentelemetry import trace
@@ -42,6 +43,8 @@ from fastserve.gateway.tracing import describe_answer, describe_request
 from fastserve.proto.v1 import sampling_pb2, scheduler_pb2
 
 Prompts = Sequence[list[int]]
+
+_SHORT_BODY: Final = 1024  # bytes; its tokens are made sooner than a thread would begin to
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,10 @@ async def _begin(
         sampling.logprobs = endpoint.logprobs
 
     with gateway.metrics.tokenize.time():
-        prompts = await gateway.pool.run(endpoint.make_prompts)
+        if len(await request.body()) <= _SHORT_BODY:
+            prompts = endpoint.make_prompts()
+        else:
+            prompts = await gateway.pool.run(endpoint.make_prompts)
     submits = _submits(
         body, prompts, sampling, ordering, response_id, longest, endpoint.prompt_param
     )

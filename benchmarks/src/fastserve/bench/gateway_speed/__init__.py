@@ -1,0 +1,1 @@
+"""`make bench-gateway`: what one gateway process carries, in front of a stub scheduler."""

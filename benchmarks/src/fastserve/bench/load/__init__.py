@@ -1,0 +1,1 @@
+"""`fastserve bench serve`: a load generator for any OpenAI-compatible server."""

@@ -1,0 +1,168 @@
+"""`fastserve bench compare` with peers that are small servers, started as real processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+import support
+from fastserve.bench.compare.contenders import Contender, Missing, Needs, llama_cpp, vllm
+from fastserve.bench.compare.show import ratios
+from fastserve.cli.main import app
+
+TESTS = Path(support.__path__[0]).parent
+
+# Notes how it was started, then serves on its --port.
+SERVER = f"""#!{sys.executable}
+import asyncio, json, os, sys
+from pathlib import Path
+sys.path.insert(0, {str(TESTS)!r})
+from support.api_server import main
+note = {{"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ)}}
+Path(__file__).with_suffix(".json").write_text(json.dumps(note))
+asyncio.run(main(int(sys.argv[sys.argv.index("--port") + 1])))
+"""
+BROKEN = f"""#!{sys.executable}
+import sys
+sys.exit("it needs a library that is not there")
+"""
+QUANTIZE = f"""#!{sys.executable}
+import pathlib, sys
+pathlib.Path(sys.argv[3]).write_text(sys.argv[4])
+"""
+SILENT = f"""#!{sys.executable}
+import time
+time.sleep(600)
+"""
+
+
+def program(path: Path, text: str = SERVER) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def note(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    return found
+
+
+def invoke(*arguments: str) -> Any:
+    environment = {"COLUMNS": "130", "NO_COLOR": "1", "TERM": "dumb"}
+    return CliRunner().invoke(app, ["bench", "compare", *arguments], env=environment)
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    file = tmp_path / "weights.Q4_1.gguf"
+    file.write_text("weights")
+    return file
+
+
+def test_peers_are_started_measured_and_stopped(
+    tmp_path: Path, gguf: Path, default_model_folder: Path
+) -> None:
+    env = program(tmp_path / "env/bin/vllm")
+    llama = program(tmp_path / "llama/llama-server")
+    program(llama.with_name("llama-quantize"), QUANTIZE)
+    broken = program(tmp_path / "tf/bin/transformers", BROKEN)
+    result = invoke(
+        *("--only", "vllm,llama.cpp,transformers", "--model", str(default_model_folder)),
+        *("--vllm", str(tmp_path / "env"), "--llama-server", str(llama), "--gguf", str(gguf)),
+        *("--transformers", str(broken)),
+        *("-c", "1,3", "--rate", "50", "-n", "6", "--output-tokens", "5", "--json"),
+        *("--out", str(tmp_path / "out")),
+    )
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    names = ["vLLM", "llama.cpp Q4_1", "llama.cpp Q8_0"]
+    levels = [(1, None), (3, None), (None, 50.0)]
+    assert [(one["contender"], (one["concurrency"], one["rate"])) for one in found] == [
+        (name, level) for name in names for level in levels
+    ]
+    assert all(one["failed"] == 0 and one["requests"] == 6 for one in found)
+    assert all(one["output_tokens"] == 30 for one in found)
+    # The one that cannot run is skipped with its own words.
+    assert "skipped transformers serve" in result.stderr
+    assert "it needs a library that is not there" in result.stderr
+    for path in (env, llama):
+        assert not psutil.pid_exists(note(path)["pid"])
+    with (tmp_path / "out/compare.csv").open() as file:
+        assert [row["contender"] for row in csv.DictReader(file)] == [
+            n for n in names for _ in "123"
+        ]
+    for plot in ("compare-concurrency.png", "compare-concurrency.svg", "compare-rate.svg"):
+        assert (tmp_path / "out" / plot).stat().st_size > 1000
+
+
+def test_each_gets_the_settings_that_it_is_fastest_with(
+    tmp_path: Path, gguf: Path, default_model_folder: Path
+) -> None:
+    env = program(tmp_path / "env/bin/vllm")
+    openmp = tmp_path / "env/lib/libiomp5.so"
+    openmp.parent.mkdir()
+    openmp.touch()
+    needs = Needs(default_model_folder, gguf, streams=32, length=172, cores=2)
+    peer = vllm(needs, tmp_path / "env")
+    assert isinstance(peer, Contender)
+    assert peer.env["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+    assert str(openmp) in peer.env["LD_PRELOAD"]
+    assert peer.command(99)[:2] == [str(env), "serve"] and "99" in peer.command(99)
+    llama = program(tmp_path / "llama-server")
+    (server,) = llama_cpp(needs, llama, [], tmp_path)
+    assert isinstance(server, Contender)
+    words = server.command(99)
+    assert words[words.index("-np") + 1] == "32" and words[words.index("-t") + 1] == "2"
+    assert int(words[words.index("-c") + 1]) >= 32 * 172
+
+
+def test_what_is_not_installed_is_told_with_the_way_to_point_at_it(
+    tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    needs = Needs(tmp_path, gguf, 8, 172, 2)
+    for found in (vllm(needs, None), *llama_cpp(needs, tmp_path / "nothing", ["Q8_0"], tmp_path)):
+        assert isinstance(found, Missing) and "--" in found.why
+    llama = program(tmp_path / "llama-server")
+    (missing,) = llama_cpp(Needs(tmp_path, None, 8, 172, 2), llama, [], tmp_path)
+    assert isinstance(missing, Missing) and "--gguf" in missing.why
+    _, missing = llama_cpp(needs, llama, ["Q8_0"], tmp_path)
+    assert isinstance(missing, Missing) and "llama-quantize" in missing.why
+
+
+def test_a_peer_that_never_comes_up_is_given_up(tmp_path: Path, default_model_folder: Path) -> None:
+    silent = program(tmp_path / "vllm", SILENT)
+    result = invoke(
+        *("--only", "vllm", "--vllm", str(silent), "--model", str(default_model_folder)),
+        *("-c", "1", "--start-timeout", "1"),
+    )
+    assert result.exit_code == 1
+    assert "not ready after 1 s" in result.stderr
+
+
+def test_bad_values_are_one_sentence_and_status_2(tmp_path: Path) -> None:
+    for words, said in (
+        (("-c", "0"), "--concurrency"),
+        (("-r", "0"), "rate"),
+        (("--repeat", "0"), "repeat"),
+    ):
+        result = invoke(*words)
+        assert result.exit_code == 2 and said in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_ratios_are_of_the_first_contender_at_the_same_level() -> None:
+    def row(name: str, concurrency: int, tokens: float) -> dict[str, Any]:
+        values = {"concurrency": concurrency, "rate": None, "output_tokens_per_s": tokens}
+        return {"contender": name, **values}
+
+    rows = [row("a", 1, 10.0), row("a", 8, 40.0), row("b", 1, 5.0), row("b", 8, 0.0)]
+    assert ratios([*rows, row("b", 32, 9.0)]) == [1.0, 1.0, 2.0, None, None]
