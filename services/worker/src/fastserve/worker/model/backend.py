@@ -64,3 +64,32 @@ class Linear:
             x, self._weight, self._bias, "none", [], ""
         )
         return y
+
+
+class Int8Linear:
+    """y = x W^T + b with weights and inputs in int8, computed in float32: what the CPU kernels do,
+    in plain PyTorch and slowly.
+
+    Weights have a scale per output, inputs one per token and group of 128. Sums of a group's
+    products are integers below 2^24, so float32 holds them exactly.
+    """
+
+    _GROUP = 128
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """weight [out, in], bias [out]."""
+        self._bias = bias
+        self._scale = weight.abs().amax(dim=1) / 127
+        inverse = torch.where(self._scale > 0, 127 / weight.abs().amax(dim=1), 0.0)
+        self._weight = (weight * inverse[:, None]).round().to(torch.int8)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        total = x.new_zeros(x.shape[0], self._weight.shape[0])
+        for first in range(0, x.shape[1], self._GROUP):
+            part = x[:, first : first + self._GROUP]
+            most = part.abs().amax(dim=1, keepdim=True)
+            numbers = (part * torch.where(most > 0, 127 / most, 0.0)).round()
+            products = F.linear(numbers, self._weight[:, first : first + self._GROUP].to(x.dtype))
+            total += products * (most / 127)
+        total *= self._scale
+        return total if self._bias is None else total + self._bias
