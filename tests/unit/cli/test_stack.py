@@ -72,6 +72,7 @@ def test_options_reach_the_services_they_are_for() -> None:
         host_memory="1G",
         device="cpu",
         dtype="float32",
+        quantization="none",
         threads=2,
         log_level="debug",
     )
@@ -82,6 +83,7 @@ def test_options_reach_the_services_they_are_for() -> None:
             "served-model-name": "tiny",
             "device": "cpu",
             "dtype": "float32",
+            "quantization": "none",
             "threads": "2",
             "max-model-len": "512",
             "max-num-seqs": "4",

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from fastserve.bench.cli import OneSentence, simulate
+from fastserve.cli.bench import app as bench_app
 from fastserve.cli.chat import Chat, print_answer
 from fastserve.cli.errors import CliError
 from fastserve.cli.stack import Options
@@ -80,6 +81,9 @@ def up(
     dtype: Annotated[
         str | None,
         typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_PLACES),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="auto, none or int8 (CPU).", rich_help_panel=_PLACES)
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the worker.", rich_help_panel=_PLACES)
@@ -150,6 +154,7 @@ def up(
         host_memory=host_memory,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         threads=threads,
         redis_url=redis_url,
         log_level=log_level,
@@ -244,6 +249,7 @@ def logs(
 
 
 app.command(cls=OneSentence)(simulate)
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()

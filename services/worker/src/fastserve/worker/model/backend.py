@@ -70,26 +70,34 @@ class Int8Linear:
     """y = x W^T + b with weights and inputs in int8, computed in float32: what the CPU kernels do,
     in plain PyTorch and slowly.
 
-    Weights have a scale per output, inputs one per token and group of 128. Sums of a group's
-    products are integers below 2^24, so float32 holds them exactly.
+    Weights [out, in] have a scale, in bf16, for each output and group of 32 inputs; inputs have one
+    for each token and group. A group's sum is an integer that float32 holds exactly.
     """
 
-    _GROUP = 128
+    _GROUP = 32
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """weight [out, in], bias [out]."""
         self._bias = bias
-        self._scale = weight.abs().amax(dim=1) / 127
-        inverse = torch.where(self._scale > 0, 127 / weight.abs().amax(dim=1), 0.0)
-        self._weight = (weight * inverse[:, None]).round().to(torch.int8)
+        self._inputs = weight.shape[1]
+        groups = self._grouped(weight)
+        self._scale = (groups.abs().amax(dim=-1) / 127).bfloat16().to(weight.dtype)  # [out, groups]
+        inverse = torch.where(self._scale > 0, 1 / self._scale, 0.0)
+        numbers = (groups * inverse[..., None]).round().clamp(-127, 127)
+        self._weight = numbers.to(torch.int8)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        groups = self._grouped(x)
+        most = groups.abs().amax(dim=-1)
+        inverse = torch.where(most > 0, 127 / most, 0.0)
+        numbers = (groups * inverse[..., None]).round()
+        scale = most / 127
         total = x.new_zeros(x.shape[0], self._weight.shape[0])
-        for first in range(0, x.shape[1], self._GROUP):
-            part = x[:, first : first + self._GROUP]
-            most = part.abs().amax(dim=1, keepdim=True)
-            numbers = (part * torch.where(most > 0, 127 / most, 0.0)).round()
-            products = F.linear(numbers, self._weight[:, first : first + self._GROUP].to(x.dtype))
-            total += products * (most / 127)
-        total *= self._scale
+        for group in range(numbers.shape[1]):
+            products = F.linear(numbers[:, group], self._weight[:, group].to(x.dtype))
+            total += products * self._scale[:, group] * scale[:, group, None]
         return total if self._bias is None else total + self._bias
+
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, groups, 32], zeros at the end."""
+        return F.pad(x, (0, -self._inputs % self._GROUP)).unflatten(1, (-1, self._GROUP))

@@ -136,7 +136,7 @@ def main() -> int:
             print(library(level))
         except NativeError as error:
             # Not fatal: the worker runs without them, slower, and says so.
-            print(f"CPU kernels ({level}) are not built: {error}", file=sys.stderr)
+            print(f"CPU kernels for {level} are not built: {error}", file=sys.stderr)
     return 0
 
 

@@ -11,6 +11,11 @@ namespace {
 constexpr f32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
+// Pages lie far apart, which the hardware does not foresee: one tile is fetched while another is used.
+ALWAYS_INLINE void fetch(const int32_t* from, int words) {
+    for (int i = 0; i < words; i += LANES) __builtin_prefetch(from + i);
+}
+
 // The keys that a task looks at, in tiles.
 struct Span {
     int first, count;  // tiles
@@ -50,6 +55,7 @@ struct Attend {
         int tile = 0;
         for (; tile + 2 <= span.count; tile += 2) scores<2>(tile, best);
         for (; tile < span.count; tile++) scores<1>(tile, best);
+        fetch(kv.tile(task.table, layer, true, task.kv_head, span.first), kv.dim * LANES / T::STEP);
         float inverse[N];
         for (int i = 0; i < N; i++) inverse[i] = 1.0f / weights(i, largest(best[i]));
         float* at[N];
@@ -73,8 +79,11 @@ struct Attend {
         for (int j = 0; j < NB; j++) {
             keys[j] = kv.tile(task.table, layer, false, task.kv_head, span.first + tile + j);
         }
+        for (int next = tile + NB; next < std::min(tile + 2 * NB, span.count); next++) {
+            fetch(kv.tile(task.table, layer, false, task.kv_head, span.first + next), words * LANES);
+        }
         f32x16 acc[N][NB] = {};
-        accumulate<T>(acc, query, words, keys, words);
+        accumulate<T, 1>(acc, query, words, keys, words);
         for (int i = 0; i < N; i++) {
             const float position = static_cast<float>(task.position + i / task.heads);
             const float oldest = window ? position - static_cast<float>(window) : -1.0f;
@@ -118,10 +127,15 @@ struct Attend {
             const int32_t* base =
                 kv.tile(task.table, layer, true, task.kv_head, span.first + tile) +
                 panel * WORDS * LANES;
+            if (tile + 1 < span.count) {
+                fetch(kv.tile(task.table, layer, true, task.kv_head, span.first + tile + 1) +
+                          panel * WORDS * LANES,
+                      NB * WORDS * LANES);
+            }
             const int32_t* at[NB];
             for (int j = 0; j < NB; j++) at[j] = base + j * WORDS * LANES;
             const int tokens = std::min(LANES, end - (span.first + tile) * LANES);
-            accumulate<T>(acc, weight + tile * WORDS, row, at, (tokens + T::STEP - 1) / T::STEP);
+            accumulate<T, 1>(acc, weight + tile * WORDS, row, at, (tokens + T::STEP - 1) / T::STEP);
         }
         for (int i = 0; i < N; i++) {
             for (int j = 0; j < NB; j++) {

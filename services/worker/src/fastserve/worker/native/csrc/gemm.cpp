@@ -7,8 +7,10 @@ namespace fastserve {
 
 namespace {
 
-constexpr int MAX_ROWS = 6;    // rows and panels of a tile: 24 accumulators, 4 weights and an input
-constexpr int MAX_PANELS = 4;  // fill the 32 registers
+// Rows and panels of a tile: 24 accumulators, 4 vectors of weights and an input fill the 32
+// registers.
+constexpr int MAX_ROWS = 6;
+constexpr int MAX_PANELS = 4;
 constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
 
 struct Product {
@@ -25,30 +27,31 @@ ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
     return typename T::Acc{};
 }
 
-// MR rows from `row` on, with NB panels from `panel` on.
+// MR rows from `row` on, with a strip of NB panels.
 template <class T, int MR, int NB>
-void tile(const Product& p, int row, int panel) {
+void tile(const Product& p, int row, int strip) {
     constexpr bool INT8 = std::is_same_v<T, Int8>;
-    constexpr int GROUP = INT8 ? GROUP_WORDS : FLOAT_GROUP_WORDS;
+    constexpr int GROUP = group_words(INT8 ? Dtype::INT8 : Dtype::F32);
     const Rows& x = p.x;
     const Linear& w = p.w;
-    const size_t panel_words = static_cast<size_t>(w.words) * LANES;
-    const int32_t* weights = w.data.get() + panel * panel_words;
-    const uint16_t* scales = w.scale.get() + static_cast<size_t>(panel) * w.groups * LANES;
+    const int panel = strip * w.width;
+    const size_t vectors = static_cast<size_t>(panel) * LANES;  // before this strip, per word
+    const int32_t* weights = w.data.get() + vectors * w.words;
+    const uint16_t* scales = w.scale.get() + vectors * w.groups;
     const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
     f32x16 total[MR][NB] = {};
     for (int group = 0; group < x.groups; group++) {
         const int first = group * GROUP;
         typename T::Acc acc[MR][NB];
         const int32_t* at[NB];
-        for (int j = 0; j < NB; j++) at[j] = weights + j * panel_words + first * LANES;
+        for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
         for (int i = 0; i < MR; i++) {
             for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(x, row + i, group);
         }
-        accumulate<T>(acc, inputs + first, x.words, at, std::min(GROUP, w.words - first));
+        accumulate<T, NB>(acc, inputs + first, x.words, at, std::min(GROUP, w.words - first));
         if constexpr (INT8) {
             f32x16 scale[NB];
-            for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (j * w.groups + group) * LANES);
+            for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (group * NB + j) * LANES);
             for (int i = 0; i < MR; i++) {
                 const f32x16 s = splat(x.scale[(row + i) * x.groups + group]);
                 for (int j = 0; j < NB; j++) total[i][j] += to_float(acc[i][j]) * scale[j] * s;
@@ -78,57 +81,44 @@ void tile(const Product& p, int row, int panel) {
     }
 }
 
-using Tile = void (*)(const Product&, int row, int panel);
+using Tile = void (*)(const Product&, int row, int strip);
+
+// Tiles of MR rows and 1 to 4 panels.
+template <class T, int MR>
+constexpr Tile TILES[MAX_PANELS] = {tile<T, MR, 1>, tile<T, MR, 2>, tile<T, MR, 3>, tile<T, MR, 4>};
 
 template <class T, int MR>
-constexpr void fill(Tile (&row)[MAX_PANELS]) {
-    row[0] = tile<T, MR, 1>;
-    row[1] = tile<T, MR, 2>;
-    row[2] = tile<T, MR, 3>;
-    row[3] = tile<T, MR, 4>;
+constexpr const Tile* tiles_of(int rows) {
+    if constexpr (MR == 0) {
+        return nullptr;
+    } else {
+        return rows == MR ? TILES<T, MR> : tiles_of<T, MR - 1>(rows);
+    }
 }
 
+// The rows [row, end) with a strip of so many panels.
 template <class T>
-struct Tiles {
-    Tile of[MAX_ROWS][MAX_PANELS];
-    constexpr Tiles() : of() {
-        fill<T, 1>(of[0]);
-        fill<T, 2>(of[1]);
-        fill<T, 3>(of[2]);
-        fill<T, 4>(of[3]);
-        fill<T, 5>(of[4]);
-        fill<T, 6>(of[5]);
+void block(const Product& product, int row, int end, int strip, int panels) {
+    for (int tiles = (end - row + MAX_ROWS - 1) / MAX_ROWS; tiles > 0; tiles--) {
+        const int count = (end - row + tiles - 1) / tiles;  // evenly, not 6, 6, 1
+        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip);
+        row += count;
     }
-};
-
-constexpr Tiles<F32> F32_TILES;
-constexpr Tiles<Bf16> BF16_TILES;
-constexpr Tiles<Int8> INT8_TILES;
+}
 
 }  // namespace
 
 void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind, float* out,
               size_t stride) {
-    const auto& tiles = w.dtype == Dtype::F32    ? F32_TILES.of
-                        : w.dtype == Dtype::BF16 ? BF16_TILES.of
-                                                 : INT8_TILES.of;
+    const auto run = w.dtype == Dtype::F32    ? block<F32>
+                     : w.dtype == Dtype::BF16 ? block<Bf16>
+                                              : block<Int8>;
     const Product product{x, w, kind, out, stride};
-    // Few panels: narrower strips, so that every thread gets as much as the others.
-    const int width = w.panels >= 24 * pool.threads() ? MAX_PANELS : MAX_PANELS / 2;
-    const int strips = (w.panels + width - 1) / width;
     const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    pool.each(strips * blocks, [&](int task) {
-        const int first = task / strips * ROW_BLOCK;
-        const int panel = task % strips * width;
-        const int panels = std::min(width, w.panels - panel);
-        int left = std::min(ROW_BLOCK, rows - first);
-        int row = first;
-        for (int tiles_left = (left + MAX_ROWS - 1) / MAX_ROWS; tiles_left > 0; tiles_left--) {
-            const int count = (left + tiles_left - 1) / tiles_left;  // evenly, not 6, 6, 1
-            tiles[count - 1][panels - 1](product, row, panel);
-            row += count;
-            left -= count;
-        }
+    pool.each(w.strips() * blocks, [&](int task, int) {
+        const int first = task / w.strips() * ROW_BLOCK, strip = task % w.strips();
+        run(product, first, std::min(rows, first + ROW_BLOCK), strip,
+            std::min(w.width, w.panels - strip * w.width));
     });
 }
 
@@ -159,7 +149,7 @@ void Rows::put(int row, const float* x) {
         return;
     }
     auto* bytes = reinterpret_cast<int8_t*>(out);
-    constexpr int GROUP = GROUP_WORDS * Int8::STEP;
+    constexpr int GROUP = group_words(Dtype::INT8) * Int8::STEP;
     for (int group = 0; group < groups; group++) {
         const int first = group * GROUP, end = std::min(first + GROUP, padded(size));
         f32x16 most{}, spoilt{};
@@ -188,12 +178,14 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
     dtype = new_dtype;
     outputs = new_outputs;
     inputs = new_inputs;
-    const int step = step_of(dtype);
+    const int step = step_of(dtype), group = group_words(dtype);
     words = padded(inputs) / step;
     const int half = padded(outputs / 2);  // outputs of a half, with padding
     panels = (halves ? 2 * half : padded(outputs)) / LANES;
+    // Few panels: narrow strips, so that every thread gets as much as the others.
+    width = panels >= 96 ? MAX_PANELS : MAX_PANELS / 2;
+    groups = (words + group - 1) / group;
     data = Buffer<int32_t>(static_cast<size_t>(panels) * words * LANES);
-    groups = (words + group_words(dtype) - 1) / group_words(dtype);
     if (dtype == Dtype::INT8) scale = Buffer<uint16_t>(static_cast<size_t>(panels) * groups * LANES);
     if (new_bias != nullptr) bias = Buffer<float>(panels * LANES);
     for (int place = 0; place < panels * LANES; place++) {
@@ -205,19 +197,21 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
             source = in_half < outputs / 2 ? in_half + panel % 2 * (outputs / 2) : -1;
         }
         const float* row = source < 0 ? nullptr : weight + static_cast<size_t>(source) * inputs;
-        int32_t* out = data.get() + static_cast<size_t>(panel) * words * LANES + lane;
+        const int strip = panel / width, panels_here = std::min(width, panels - strip * width);
+        // Of word or group i: this many vectors after the beginning of the strip.
+        const auto vector = [&](int i) { return size_t(i) * panels_here + panel % width; };
+        int32_t* out = data.get() + static_cast<size_t>(strip) * width * words * LANES + lane;
+        uint16_t* scales = scale.get() + static_cast<size_t>(strip) * width * groups * LANES + lane;
         float inverse = 0.0f;
         if (new_bias != nullptr && source >= 0) bias[place] = new_bias[source];
         for (int word = 0; word < words; word++) {
-            if (dtype == Dtype::INT8 && word % GROUP_WORDS == 0) {
+            if (dtype == Dtype::INT8 && word % group == 0 && row != nullptr) {
                 float highest = 0.0f;
-                for (int i = word * step; i < std::min(inputs, (word + GROUP_WORDS) * step); i++) {
-                    if (row != nullptr) highest = std::max(highest, std::fabs(row[i]));
+                for (int i = word * step; i < std::min(inputs, (word + group) * step); i++) {
+                    highest = std::max(highest, std::fabs(row[i]));
                 }
-                // Rounded up, so that nothing exceeds 127.
-                const uint16_t rounded = to_bf16(highest / 127.0f * (1.0f + 1.0f / 256));
-                scale[(static_cast<size_t>(panel) * groups + word / GROUP_WORDS) * LANES + lane] =
-                    rounded;
+                const uint16_t rounded = to_bf16(highest / 127.0f);
+                scales[vector(word / group) * LANES] = rounded;
                 inverse = highest > 0.0f ? 1.0f / from_bf16(rounded) : 0.0f;
             }
             uint32_t bits = 0;
@@ -229,11 +223,12 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
                 } else if (dtype == Dtype::BF16) {
                     bits |= static_cast<uint32_t>(to_bf16(v)) << (16 * part);
                 } else {
+                    // Beyond 127 only where the scale was rounded down.
                     const int number = std::clamp(static_cast<int>(std::nearbyintf(v * inverse)), -127, 127);
                     bits |= static_cast<uint32_t>(number + 128) << (8 * part);
                 }
             }
-            out[static_cast<size_t>(word) * LANES] = static_cast<int32_t>(bits);
+            out[vector(word) * LANES] = static_cast<int32_t>(bits);
         }
     }
 }

@@ -68,7 +68,16 @@ void Model::set_rope(const float* cos, const float* sin) {
 
 void Model::forward(const Batch& batch) {
     plan(batch);
-    pool_.run([&](int thread) { step(batch, scratch_[thread].get()); });
+    const int count = batch.tokens;
+    const KvPages kv{batch.kv,          shape_.layers, shape_.kv_heads,
+                     shape_.block_size, shape_.dim,    static_cast<Dtype>(shape_.kv)};
+    each_row(count, [&](int token, int) { embed(token, batch.token_ids[token]); });
+    for (int index = 0; index < shape_.layers; index++) layer(index, count, kv);
+    if (batch.logit_rows == 0) return;
+    each_row(batch.logit_rows,
+             [&](int i, int thread) { normalise(wanted_[i], final_norm_.get(), i, thread); });
+    multiply(pool_, hidden_words_, batch.logit_rows, head_, Output::STORE, batch.logits,
+             batch.logits_stride);
 }
 
 // What every layer of the iteration shares, and memory for it.
@@ -121,46 +130,36 @@ void Model::plan(const Batch& batch) {
     for (auto& buffer : scratch_) buffer.reserve(scratch);
 }
 
-// task(row) for all rows, a few at a time.
+// task(row, thread) for all rows, a few at a time.
 template <class Task>
 void Model::each_row(int rows, const Task& task) {
     const int chunk = std::max(1, std::min(8, rows / (4 * pool_.threads())));
-    pool_.each((rows + chunk - 1) / chunk, [&](int i) {
-        for (int row = i * chunk; row < std::min(rows, (i + 1) * chunk); row++) task(row);
+    pool_.each((rows + chunk - 1) / chunk, [&](int i, int thread) {
+        for (int row = i * chunk; row < std::min(rows, (i + 1) * chunk); row++) task(row, thread);
     });
 }
 
-// On every thread.
-void Model::step(const Batch& batch, float* scratch) {
-    const int count = batch.tokens;
-    const KvPages kv{batch.kv,          shape_.layers, shape_.kv_heads,
-                     shape_.block_size, shape_.dim,    static_cast<Dtype>(shape_.kv)};
-    each_row(count, [&](int token) { embed(token, batch.token_ids[token]); });
-    for (int index = 0; index < shape_.layers; index++) layer(index, count, kv, scratch);
-    if (batch.logit_rows == 0) return;
-    each_row(batch.logit_rows,
-             [&](int i) { normalise(wanted_[i], final_norm_.get(), i, scratch); });
-    multiply(pool_, hidden_words_, batch.logit_rows, head_, Output::STORE, batch.logits,
-             batch.logits_stride);
-}
-
-void Model::layer(int index, int tokens, const KvPages& kv, float* scratch) {
+void Model::layer(int index, int tokens, const KvPages& kv) {
     const Layer& layer = layers_[index];
-    each_row(tokens, [&](int token) { normalise(token, layer.input_norm.get(), token, scratch); });
-    multiply(pool_, hidden_words_, tokens, layer.qkv, Output::STORE, qkv_.get(), qkv_stride_);
-    each_row(tokens, [&](int token) { rotate(token, index, kv); });
-    pool_.each(static_cast<int>(attention_.size()), [&](int i) {
-        attend(kv, index, attention_[i], queries_.get(), shape_.heads, shape_.window,
-               attended_.get(), attended_stride_, scratch);
+    each_row(tokens, [&](int token, int thread) {
+        normalise(token, layer.input_norm.get(), token, thread);
     });
-    each_row(tokens, [&](int token) {
+    multiply(pool_, hidden_words_, tokens, layer.qkv, Output::STORE, qkv_.get(), qkv_stride_);
+    each_row(tokens, [&](int token, int) { rotate(token, index, kv); });
+    pool_.each(static_cast<int>(attention_.size()), [&](int i, int thread) {
+        attend(kv, index, attention_[i], queries_.get(), shape_.heads, shape_.window,
+               attended_.get(), attended_stride_, scratch_[thread].get());
+    });
+    each_row(tokens, [&](int token, int) {
         attended_words_.put(token, attended_.get() + static_cast<size_t>(token) * attended_stride_);
     });
     multiply(pool_, attended_words_, tokens, layer.output, Output::ADD, x_.get(), hidden_stride_);
-    each_row(tokens, [&](int token) { normalise(token, layer.post_norm.get(), token, scratch); });
+    each_row(tokens, [&](int token, int thread) {
+        normalise(token, layer.post_norm.get(), token, thread);
+    });
     multiply(pool_, hidden_words_, tokens, layer.gate_up, Output::SWIGLU, middle_.get(),
              middle_stride_);
-    each_row(tokens, [&](int token) {
+    each_row(tokens, [&](int token, int) {
         middle_words_.put(token, middle_.get() + static_cast<size_t>(token) * middle_stride_);
     });
     multiply(pool_, middle_words_, tokens, layer.down, Output::ADD, x_.get(), hidden_stride_);
@@ -176,10 +175,11 @@ void Model::embed(int token, int32_t id) {
     }
 }
 
-void Model::normalise(int token, const float* weight, int slot, float* scratch) {
+void Model::normalise(int token, const float* weight, int slot, int thread) {
+    float* normed = scratch_[thread].get();
     rms_norm(x_.get() + static_cast<size_t>(token) * hidden_stride_, weight, shape_.hidden,
-             shape_.epsilon, scratch);
-    hidden_words_.put(slot, scratch);
+             shape_.epsilon, normed);
+    hidden_words_.put(slot, normed);
 }
 
 void Model::rotate(int token, int layer, const KvPages& kv) {

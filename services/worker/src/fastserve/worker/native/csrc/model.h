@@ -69,11 +69,10 @@ private:
     };
 
     void plan(const Batch& batch);
-    void step(const Batch& batch, float* scratch);
-    void layer(int index, int tokens, const KvPages& kv, float* scratch);
+    void layer(int index, int tokens, const KvPages& kv);
     void embed(int token, int32_t id);
     // hidden_words_[slot] = x[token], normalised and ready for a product.
-    void normalise(int token, const float* weight, int slot, float* scratch);
+    void normalise(int token, const float* weight, int slot, int thread);
     void rotate(int token, int layer, const KvPages& kv);
     template <class Task>
     void each_row(int rows, const Task& task);

@@ -4,7 +4,7 @@ namespace fastserve {
 
 namespace {
 
-constexpr int SPINS = 2000;  // some 20 to 50 microseconds
+constexpr int SPINS = 1000;  // some 10 to 50 microseconds
 
 void relax() {
 #if defined(__x86_64__)
@@ -14,59 +14,58 @@ void relax() {
 #endif
 }
 
-void wait_for_change(const std::atomic<int>& value, int from) {
-    for (int i = 0; i < SPINS; i++) {
-        if (value.load(std::memory_order_acquire) != from) return;
-        relax();
-    }
-    while (value.load(std::memory_order_acquire) == from) {
-        value.wait(from, std::memory_order_acquire);
-    }
-}
-
 }  // namespace
 
-Pool::Pool(int threads) : threads_(threads) {
+Pool::Pool(int threads) {
     for (int thread = 1; thread < threads; thread++) {
-        others_.emplace_back([this, thread] { loop(thread); });
+        helpers_.emplace_back([this, thread] { help(thread); });
     }
 }
 
 Pool::~Pool() {
     ending_ = true;
-    jobs_.fetch_add(1, std::memory_order_release);
-    jobs_.notify_all();
-    for (auto& other : others_) other.join();
+    phase_.fetch_add(1);
+    phase_.notify_all();
+    for (auto& helper : helpers_) helper.join();
 }
 
-void Pool::run(const std::function<void(int)>& job) {
-    job_ = &job;
-    jobs_.fetch_add(1, std::memory_order_release);
-    jobs_.notify_all();
-    job(0);
-    barrier();
+void Pool::run(int count) {
+    done_.store(0, std::memory_order_relaxed);
+    next_.store(static_cast<uint64_t>(count) << COUNT_BITS, std::memory_order_release);
+    phase_.fetch_add(1);
+    phase_.notify_all();
+    work(0);
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count;) {
+        if (++spins < SPINS) {
+            relax();
+        } else {
+            std::this_thread::yield();  // a helper lost its core in the middle of a task
+        }
+    }
 }
 
-void Pool::loop(int thread) {
-    for (int done = 0;; done++) {
-        wait_for_change(jobs_, done);
+// Tasks, until there are none.
+void Pool::work(int thread) {
+    constexpr uint64_t MASK = (uint64_t{1} << COUNT_BITS) - 1;
+    for (;;) {
+        const uint64_t taken = next_.fetch_add(1, std::memory_order_acq_rel);
+        const auto index = static_cast<int>(taken & MASK);
+        if (index >= static_cast<int>(taken >> COUNT_BITS & MASK)) return;
+        call_(task_, index, thread);
+        done_.fetch_add(1, std::memory_order_release);
+    }
+}
+
+void Pool::help(int thread) {
+    for (int seen = 0;;) {
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) {
+            relax();
+        }
+        phase_.wait(seen, std::memory_order_acquire);
         if (ending_) return;
-        (*job_)(thread);
-        barrier();
+        seen = phase_.load(std::memory_order_acquire);
+        work(thread);
     }
-}
-
-void Pool::barrier() {
-    const int before = passed_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads_) {
-        wait_for_change(passed_, before);
-        return;
-    }
-    // Everybody is here: nobody touches these until the barrier opens.
-    arrived_.store(0, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
-    passed_.fetch_add(1, std::memory_order_release);
-    passed_.notify_all();
 }
 
 }  // namespace fastserve

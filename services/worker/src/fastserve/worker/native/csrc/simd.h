@@ -158,15 +158,16 @@ struct Int8 {  // w: 0 .. 255, standing for -128 .. 127 (see gemm.h); a: -127 ..
 };
 
 // acc[i][j] += products over `words` words of row i of `a` (rows `lda` words apart) with the 16
-// outputs at w[j].
-template <class T, int MR, int NB>
+// outputs at w[j], whose words are STRIDE vectors apart. (Fetching ahead by hand was slower than
+// leaving it to the hardware.)
+template <class T, int STRIDE, int MR, int NB>
 ALWAYS_INLINE void accumulate(typename T::Acc (&acc)[MR][NB], const int32_t* a, size_t lda,
                               const int32_t* const (&w)[NB], int words) {
     for (int k = 0; k < words; k++) {
         i32x16 weights[NB];
 #pragma GCC unroll 4
         for (int j = 0; j < NB; j++) {
-            weights[j] = *reinterpret_cast<const i32x16*>(w[j] + k * LANES);
+            weights[j] = *reinterpret_cast<const i32x16*>(w[j] + k * STRIDE * LANES);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < MR; i++) {
