@@ -82,9 +82,7 @@ def limit_of(
     return max((memory, "memory"), (arithmetic, "arithmetic"))
 
 
-def run(
-    model: Model | NativeModel, way: Way, limits: Limits, seconds: float
-) -> list[Measured]:
+def run(model: Model | NativeModel, way: Way, limits: Limits, seconds: float) -> list[Measured]:
     """Measure every kind of step that fits the model, each for about `seconds`."""
     found = []
     longest = model.config.max_position_embeddings

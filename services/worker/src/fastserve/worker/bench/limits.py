@@ -1,6 +1,6 @@
 """What this machine can do: the speeds that no engine exceeds.
 
-Measured with PyTorch's own kernels in the same run as the engine, so that both see the same machine.
+Measured with PyTorch's own kernels in the same run as the engine: both see the same machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Limits:
 def measure_limits(numbers: str, seconds: float) -> Limits:
     """numbers: "float32", "bfloat16" or "int8". The best of what fits in `seconds`, at least 3."""
     data = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
-    read = _READ_BYTES / best(lambda: data.sum(), seconds / 2)
+    read = _READ_BYTES / best(data.sum, seconds / 2)
     if numbers == "int8":
         whole = torch.ones(_SIDE, _SIDE, dtype=torch.int8)
         spent = best(lambda: torch._int_mm(whole, whole), seconds / 2)

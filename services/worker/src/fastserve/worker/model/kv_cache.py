@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 
 from fastserve.worker.model.config import ModelConfig
@@ -39,9 +42,19 @@ class KvCache:
             config.head_dim,
         )
         # Zeros, not empty: masked positions are read (with weight 0), and 0 * NaN is NaN.
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.data = _zeros(shape, dtype, device)
         self.block_bytes = block_bytes(config, block_size, dtype)
 
     def as_bytes(self) -> torch.Tensor:
         """uint8 view [num_blocks, block_bytes] of the same memory."""
         return self.data.view(self.num_blocks, -1).view(torch.uint8)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # A layer's pages lie a block apart: with pages of 4 KiB every one would miss the TLB.
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

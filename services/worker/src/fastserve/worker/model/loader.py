@@ -28,9 +28,7 @@ def load_model(
     layers = [_layer(weights.layer(i), linear) for i in range(config.num_layers)]
     final_norm = weights.final_norm()
     head = weights.head()
-    return Model(
-        config, embedding, layers, final_norm, linear(embedding if head is None else head)
-    )
+    return Model(config, embedding, layers, final_norm, linear(embedding if head is None else head))
 
 
 def load_native(
@@ -49,14 +47,14 @@ def load_native(
     config = ModelConfig.from_folder(folder)
     # Packed from float32, one layer at a time; only the embedding stays as a tensor.
     weights = Weights(folder, config, torch.float32, torch.device("cpu"))
-    model = NativeModel(
-        config, dtype, library, block_size=block_size, threads=threads, int8=int8
-    )
+    model = NativeModel(config, dtype, library, block_size=block_size, threads=threads, int8=int8)
     for index in range(config.num_layers):
         model.set_layer(index, weights.layer(index))
     head = weights.head()
     model.set_ends(
-        weights.embedding(dtype), weights.final_norm(), weights.embedding() if head is None else head
+        weights.embedding(dtype),
+        weights.final_norm(),
+        weights.embedding() if head is None else head,
     )
     return model
 

@@ -86,9 +86,7 @@ class Weights:
             qkv=self._stacked(attention, qkv, hidden, bias=config.qkv_bias),
             query_norm=self._take(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
             key_norm=self._take(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
-            output=self._stacked(
-                attention, [("o_proj", hidden)], queries, bias=config.output_bias
-            ),
+            output=self._stacked(attention, [("o_proj", hidden)], queries, bias=config.output_bias),
             post_norm=self._take(f"{prefix}.post_attention_layernorm.weight", hidden),
             gate_up=self._stacked(
                 mlp, [("gate_proj", middle), ("up_proj", middle)], hidden, bias=False

@@ -61,9 +61,7 @@ def levels() -> list[str]:
             if line.startswith("flags"):
                 found = set(line.partition(":")[2].split())
                 break
-    return [
-        level for level in all_levels() if level == PORTABLE or _X86_LEVELS[level][1] <= found
-    ]
+    return [level for level in all_levels() if level == PORTABLE or _X86_LEVELS[level][1] <= found]
 
 
 def library(level: str) -> Path:
@@ -99,7 +97,9 @@ def _digest(level: str) -> str:
 def _compile(level: str, target: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise NativeError("no C++ compiler is installed (g++ or clang++, or the one that $CXX names)")
+        raise NativeError(
+            "no C++ compiler is installed (g++ or clang++, or the one that $CXX names)"
+        )
     # Aside first: another process may build or load the same file.
     descriptor, scratch = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=target.parent)
     os.close(descriptor)
