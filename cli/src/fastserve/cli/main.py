@@ -83,7 +83,7 @@ def up(
         typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_PLACES),
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="auto, none or int8 (CPU).", rich_help_panel=_PLACES)
+        str | None, typer.Option(help="Of weights: none or int8 (CPU).", rich_help_panel=_PLACES)
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the worker.", rich_help_panel=_PLACES)

@@ -24,9 +24,7 @@ class Settings(ServiceSettings):
     served_model_name: str = Field(default="", description="name to report (default: --model)")
     device: str = Field(default="auto", description="auto, cpu or cuda")
     dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16")
-    quantization: str = Field(
-        default="auto", description="of weights: auto (int8 on a CPU unless --dtype), none or int8"
-    )
+    quantization: str = Field(default="none", description="of weights: none or int8 (CPU)")
     cpu_kernels: str = Field(
         default="auto", description="auto, native (or fail) or torch (the slow reference)"
     )

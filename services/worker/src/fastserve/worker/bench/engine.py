@@ -1,4 +1,4 @@
-"""`python -m fastserve.worker.bench.engine`: how near the model's steps come to the machine's limits.
+"""`python -m fastserve.worker.bench.engine`: the model's steps against the limits of the machine.
 
 A step is one call of the model: attention over contexts of the given length and logits for every
 row, without sampling and without a scheduler. Beside it stands its limit: the larger of the bytes
@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, .gguf file or the default")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--quantization", default="auto", help="auto, none or int8")
+    parser.add_argument("--quantization", default="none", help="none or int8")
     parser.add_argument("--cpu-kernels", default="auto", help="auto, native or torch")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line of the table")

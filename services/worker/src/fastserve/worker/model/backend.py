@@ -27,8 +27,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype for "auto", "float32", "bfloat16" or "float16" on `device`.
 
-    auto is bfloat16 on CUDA and float32 on a CPU, where the answers of a small model are visibly
-    better for it, and where bf16 is emulated unless the CPU is recent. Raises `StartupError` for
+    auto is bfloat16 on CUDA and float32 on a CPU, where PyTorch emulates bf16 unless the CPU is
+    recent; the kernels of our own take bfloat16 (choose.py). Raises `StartupError` for
     other names, and for float16 on a CPU, which emulates it too.
     """
     if name == "auto":
@@ -100,4 +100,5 @@ class Int8Linear:
 
     def _grouped(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in] -> [rows, groups, 32], zeros at the end."""
-        return F.pad(x, (0, -self._inputs % self._GROUP)).unflatten(1, (-1, self._GROUP))
+        padded = F.pad(x, (0, -self._inputs % self._GROUP))
+        return padded.view(x.shape[0], -1, self._GROUP)

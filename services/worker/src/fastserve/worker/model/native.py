@@ -136,7 +136,8 @@ class NativeModel:
         vocab = self.config.vocab_size
         stride = -(-vocab // _LANES) * _LANES
         logits = torch.empty(len(batch.logit_rows), stride)
-        starts, flat = [], []
+        starts: list[int] = []
+        flat: list[int] = []
         for table in batch.block_tables:
             starts.append(len(flat))
             flat += table
