@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
 from fastserve.common.errors import StartupError
-from fastserve.worker.bench.limits import Limits, best, measure_limits
+from fastserve.worker.bench.limits import Clock, Limits, best, measure_limits
 from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.choose import Way, choose, load
 from fastserve.worker.model.config import ModelConfig
@@ -82,7 +84,13 @@ def limit_of(
     return max((memory, "memory"), (arithmetic, "arithmetic"))
 
 
-def run(model: Model | NativeModel, way: Way, limits: Limits, seconds: float) -> list[Measured]:
+def run(
+    model: Model | NativeModel,
+    way: Way,
+    limits: Limits,
+    seconds: float,
+    clock: Clock = time.perf_counter,
+) -> list[Measured]:
     """Measure every kind of step that fits the model, each for about `seconds`."""
     found = []
     longest = model.config.max_position_embeddings
@@ -101,7 +109,8 @@ def run(model: Model | NativeModel, way: Way, limits: Limits, seconds: float) ->
             block_tables=[list(range(row * each, (row + 1) * each)) for row in range(rows)],
             logit_rows=list(range(rows)),
         )
-        spent = best(lambda batch=batch: _finish(model.forward(batch, kv)), seconds)  # type: ignore[misc]
+        step = partial(_step, model, batch, kv)
+        spent = best(step, seconds, clock)
         limit, bound = limit_of(
             model.config, way, limits, rows=rows, tokens=tokens, context=context
         )
@@ -110,7 +119,8 @@ def run(model: Model | NativeModel, way: Way, limits: Limits, seconds: float) ->
     return found
 
 
-def _finish(logits: torch.Tensor) -> None:
+def _step(model: Model | NativeModel, batch: Batch, kv: KvCache) -> None:
+    logits = model.forward(batch, kv)
     if logits.device.type == "cuda":
         torch.cuda.synchronize(logits.device)
 
@@ -141,8 +151,16 @@ def main() -> int:
     parser.add_argument("--cpu-kernels", default="auto", help="auto, native or torch")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all cores)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line of the table")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="processor time of one thread, for a machine that has other work to do",
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args()
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time sees one thread: add --threads 1")
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
     try:
         folder = prepare(arguments.model, progress=lambda line: print(line, file=sys.stderr))
         way = choose(
@@ -158,8 +176,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     numbers = "int8" if way.int8 else str(way.dtype).removeprefix("torch.")
-    limits = measure_limits(numbers, arguments.seconds)
-    found = run(model, way, limits, arguments.seconds)
+    limits = measure_limits(numbers, arguments.seconds, clock)
+    found = run(model, way, limits, arguments.seconds, clock)
     if arguments.json:
         rows = [
             {**asdict(one), "tokens_per_second": one.tokens_per_second, "ratio": one.ratio}
