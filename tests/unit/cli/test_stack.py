@@ -79,6 +79,7 @@ def test_options_reach_the_services_they_are_for() -> None:
         disk_size="20G",
         device="cpu",
         dtype="float32",
+        quantization="none",
         threads=2,
         log_level="debug",
     )
@@ -94,6 +95,7 @@ def test_options_reach_the_services_they_are_for() -> None:
             "served-model-name": "tiny",
             "device": "cpu",
             "dtype": "float32",
+            "quantization": "none",
             "threads": "2",
             "max-model-len": "512",
             "max-num-seqs": "4",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -449,3 +451,25 @@ def _running_here() -> str:
     """URL of the `fastserve up` of this machine, or where one would be."""
     running = StateFolder(default_folder()).read()
     return str(running["url"]) if running else "http://127.0.0.1:8000"
+
+
+# What needs the model runs in a process of the worker's package, since nothing else may import
+# PyTorch; it takes the options and prints the help itself.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON)
+def engine(context: typer.Context) -> None:
+    """Steps of the model against the limits of memory and arithmetic (--help for options)."""
+    _run("fastserve.worker.bench.engine", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def perplexity(context: typer.Context) -> None:
+    """What the number formats cost in quality (--help for options)."""
+    _run("fastserve.worker.bench.perplexity", context.args)
+
+
+def _run(module: str, arguments: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
+    raise typer.Exit(result.returncode)

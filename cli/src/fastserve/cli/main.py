@@ -128,6 +128,9 @@ def up(
         str | None,
         typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_PLACES),
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of weights: none or int8 (CPU).", rich_help_panel=_PLACES)
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the worker.", rich_help_panel=_PLACES)
     ] = None,
@@ -215,6 +218,7 @@ def up(
         disk_size=disk_size,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         threads=threads,
         redis_url=redis_url,
         log_level=log_level,

@@ -56,6 +56,7 @@ class Options:
     disk_size: str | None = None
     device: str | None = None
     dtype: str | None = None
+    quantization: str | None = None
     threads: int | None = None
     redis_url: str | None = None
     log_level: str | None = None
@@ -124,6 +125,7 @@ def specs(options: Options, run: Path) -> list[Spec]:
             served_model_name=options.model_name,
             device=options.device,
             dtype=options.dtype,
+            quantization=options.quantization,
             threads=options.threads,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,

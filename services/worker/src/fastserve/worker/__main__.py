@@ -22,12 +22,12 @@ from fastserve.worker.calibrate import measure
 from fastserve.worker.engine import Engine
 from fastserve.worker.engine_thread import EngineThread, StagingMover
 from fastserve.worker.metrics import Metrics
-from fastserve.worker.model.backend import choose_device, choose_dtype
+from fastserve.worker.model.choose import Way, choose, load
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache, block_bytes
 from fastserve.worker.model.llama import Model
-from fastserve.worker.model.loader import load_model
+from fastserve.worker.model.native import NativeModel
 from fastserve.worker.service import Worker
 from fastserve.worker.settings import Settings
 from fastserve.worker.staging import KvStaging, SidecarLost
@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 _TOKENS_PER_SEQUENCE = 1024  # what --kv-blocks defaults to provide for, on a CPU
 
 
-def _kv_cache(settings: Settings, model: Model) -> KvCache:
+def _kv_cache(settings: Settings, model: Model | NativeModel) -> KvCache:
     size = block_bytes(model.config, settings.block_size, model.dtype)
     blocks = settings.kv_blocks
     if blocks is None:
@@ -60,8 +60,12 @@ def _max_model_len(settings: Settings, config: ModelConfig) -> int:
     return settings.max_model_len or limit
 
 
-async def _attach_staging(settings: Settings, epoch: int, model: Model, kv: KvCache) -> KvStaging:
-    meaning = f"{model.config}:{model.dtype}:{kv.block_size}"
+async def _attach_staging(
+    settings: Settings, epoch: int, config: ModelConfig, way: Way, kv: KvCache
+) -> KvStaging:
+    # The kernels lay out a block in another way, and other weights make other keys and values.
+    layout = "native" if way.library else "torch"
+    meaning = f"{config}:{way.dtype}:{way.int8}:{layout}:{kv.block_size}"
     staging = KvStaging(
         settings.kv_offload,
         settings.worker_id,
@@ -80,12 +84,18 @@ async def _attach_staging(settings: Settings, epoch: int, model: Model, kv: KvCa
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, then serve until `stop` is set."""
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     folder = prepare(settings.model, progress=lambda line: log.info("model", step=line))
-    model = load_model(folder, dtype, device)
+    way = choose(
+        ModelConfig.from_folder(folder),
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        cpu_kernels=settings.cpu_kernels,
+        block_size=settings.block_size,
+        threads=settings.threads,
+    )
+    model = load(folder, way, settings.block_size)
+    log.info("the model is loaded", folder=str(folder), runs=way.description)
     max_model_len = _max_model_len(settings, model.config)
     kv = _kv_cache(settings, model)
     prefill, decode = measure(model, kv, settings.max_num_batched_tokens)
@@ -95,7 +105,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     metrics = Metrics(settings.served_model_name or folder.name, kv.block_size, kv.num_blocks)
     staging = None
     if settings.kv_offload:
-        staging = await _attach_staging(settings, epoch, model, kv)
+        staging = await _attach_staging(settings, epoch, model.config, way, kv)
     thread = EngineThread(loop)
     mover = StagingMover(thread, loop, staging, metrics)
     engine = Engine(
@@ -110,8 +120,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         worker_id=settings.worker_id,
         epoch=epoch,
         model=settings.served_model_name or folder.name,
-        dtype=str(dtype).removeprefix("torch."),
-        device=device.type,
+        dtype="int8" if way.int8 else str(way.dtype).removeprefix("torch."),
+        device=way.device.type,
         max_model_len=max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -24,6 +24,10 @@ class Settings(ServiceSettings):
     served_model_name: str = Field(default="", description="name to report (default: --model)")
     device: str = Field(default="auto", description="auto, cpu or cuda")
     dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16")
+    quantization: str = Field(default="none", description="of weights: none or int8 (CPU)")
+    cpu_kernels: str = Field(
+        default="auto", description="auto, native (or fail) or torch (the slow reference)"
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads (0: all cores)")
     max_model_len: int | None = Field(
         default=None, ge=2, description="tokens of prompt and output (default: the model's limit)"

@@ -27,8 +27,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype for "auto", "float32", "bfloat16" or "float16" on `device`.
 
-    auto is bfloat16 on CUDA and float32 on a CPU, where the answers of a small model are visibly
-    better for it, and where bf16 is emulated unless the CPU is recent. Raises `StartupError` for
+    auto is bfloat16 on CUDA and float32 on a CPU, where PyTorch emulates bf16 unless the CPU is
+    recent; the kernels of our own take bfloat16 (choose.py). Raises `StartupError` for
     other names, and for float16 on a CPU, which emulates it too.
     """
     if name == "auto":
@@ -64,3 +64,41 @@ class Linear:
             x, self._weight, self._bias, "none", [], ""
         )
         return y
+
+
+class Int8Linear:
+    """y = x W^T + b with weights and inputs in int8, computed in float32: what the CPU kernels do,
+    in plain PyTorch and slowly.
+
+    Weights [out, in] have a scale, in bf16, for each output and group of 32 inputs; inputs have one
+    for each token and group. A group's sum is an integer that float32 holds exactly.
+    """
+
+    _GROUP = 32
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """weight [out, in], bias [out]."""
+        self._bias = bias
+        self._inputs = weight.shape[1]
+        groups = self._grouped(weight)
+        self._scale = (groups.abs().amax(dim=-1) / 127).bfloat16().to(weight.dtype)  # [out, groups]
+        inverse = torch.where(self._scale > 0, 1 / self._scale, 0.0)
+        numbers = (groups * inverse[..., None]).round().clamp(-127, 127)
+        self._weight = numbers.to(torch.int8)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        groups = self._grouped(x)
+        most = groups.abs().amax(dim=-1)
+        inverse = torch.where(most > 0, 127 / most, 0.0)
+        numbers = (groups * inverse[..., None]).round()
+        scale = most / 127
+        total = x.new_zeros(x.shape[0], self._weight.shape[0])
+        for group in range(numbers.shape[1]):
+            products = F.linear(numbers[:, group], self._weight[:, group].to(x.dtype))
+            total += products * self._scale[:, group] * scale[:, group, None]
+        return total if self._bias is None else total + self._bias
+
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, groups, 32], zeros at the end."""
+        padded = F.pad(x, (0, -self._inputs % self._GROUP))
+        return padded.view(x.shape[0], -1, self._GROUP)

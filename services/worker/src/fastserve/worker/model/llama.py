@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastserve.worker.model.attention import PagedAttention
-from fastserve.worker.model.backend import Linear
+from fastserve.worker.model.backend import Int8Linear, Linear
 from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.config import ModelConfig, Rope
 from fastserve.worker.model.kv_cache import KvCache
@@ -24,13 +24,13 @@ class Layer:
     """Weights of one decoder layer; QKV and gate/up are fused into one product each."""
 
     input_norm: torch.Tensor
-    qkv: Linear  # [hidden -> (heads + 2 * kv heads) * dim]
+    qkv: Linear | Int8Linear  # [hidden -> (heads + 2 * kv heads) * dim]
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    output: Linear
+    output: Linear | Int8Linear
     post_norm: torch.Tensor
-    gate_up: Linear  # [hidden -> 2 * intermediate]
-    down: Linear
+    gate_up: Linear | Int8Linear  # [hidden -> 2 * intermediate]
+    down: Linear | Int8Linear
 
 
 def rope_table(
@@ -67,7 +67,7 @@ class Model:
         embedding: torch.Tensor,
         layers: list[Layer],
         final_norm: torch.Tensor,
-        head: Linear,
+        head: Linear | Int8Linear,
     ) -> None:
         self.config = config
         self.dtype = embedding.dtype

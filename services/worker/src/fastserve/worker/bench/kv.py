@@ -1,4 +1,4 @@
-"""`python -m fastserve.worker.bench_kv`: how fast KV blocks move, against a plain memory copy.
+"""`python -m fastserve.worker.bench.kv`: how fast KV blocks move, against a plain memory copy.
 
 Everything is measured in turn in one run, round after round, so that a busy machine slows all
 alike; the median over the rounds is what counts. The pool is a file as the sidecar makes it.

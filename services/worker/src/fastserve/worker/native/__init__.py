@@ -1,0 +1,1 @@
+"""The CPU kernels: a small C++ library (csrc/), compiled on the machine that runs it."""

@@ -1,0 +1,212 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace fastserve {
+
+namespace {
+
+constexpr f32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+// Pages lie far apart, which the hardware does not foresee: one tile is fetched while another is used.
+ALWAYS_INLINE void fetch(const int32_t* from, int words) {
+    for (int i = 0; i < words; i += LANES) __builtin_prefetch(from + i);
+}
+
+// The keys that a task looks at, in tiles.
+struct Span {
+    int first, count;  // tiles
+
+    Span(const AttentionTask& task, int window) {
+        const int from = window ? std::max(0, task.position - window + 1) : 0;
+        first = from / LANES;
+        count = (task.position + task.tokens - 1) / LANES + 1 - first;
+    }
+};
+
+// One task, N queries: query i is head i % heads of token i / heads.
+template <class T, int N>
+struct Attend {
+    const KvPages& kv;
+    const AttentionTask& task;
+    const int layer;
+    const int window;
+    const Span span;
+    const size_t row;  // words of scores of a query
+    int32_t* query;    // [N, dim / STEP]
+    float* score;      // [N, row]
+
+    Attend(const KvPages& kv, int layer, const AttentionTask& task, int window, float* scratch)
+        : kv(kv), task(task), layer(layer), window(window), span(task, window),
+          row(static_cast<size_t>(span.count) * LANES), query(reinterpret_cast<int32_t*>(scratch)),
+          score(scratch + N * kv.dim) {}
+
+    void operator()(const int32_t* queries, int all_heads, float* out, size_t stride) {
+        const int words = kv.dim / T::STEP;
+        for (int i = 0; i < N; i++) {
+            const size_t token = task.token + i / task.heads, head = task.head + i % task.heads;
+            memcpy(query + i * words, queries + (token * all_heads + head) * words, words * 4);
+        }
+        f32x16 best[N];
+        for (int i = 0; i < N; i++) best[i] = splat(NEVER);
+        int tile = 0;
+        for (; tile + 2 <= span.count; tile += 2) scores<2>(tile, best);
+        for (; tile < span.count; tile++) scores<1>(tile, best);
+        fetch(kv.tile(task.table, layer, true, task.kv_head, span.first), kv.dim * LANES / T::STEP);
+        float inverse[N];
+        for (int i = 0; i < N; i++) inverse[i] = 1.0f / weights(i, largest(best[i]));
+        float* at[N];
+        for (int i = 0; i < N; i++) {
+            at[i] = out + (task.token + i / task.heads) * stride +
+                    (task.head + i % task.heads) * kv.dim;
+        }
+        const int panels = kv.dim / LANES;
+        int panel = 0;
+        for (; panel + 4 <= panels; panel += 4) values<4>(panel, inverse, at);
+        for (; panel + 2 <= panels; panel += 2) values<2>(panel, inverse, at);
+        for (; panel < panels; panel++) values<1>(panel, inverse, at);
+    }
+
+    // Scores of NB tiles, and the largest so far.
+    template <int NB>
+    ALWAYS_INLINE void scores(int tile, f32x16 (&best)[N]) {
+        const int words = kv.dim / T::STEP;
+        const float scale = 1.0f / std::sqrt(static_cast<float>(kv.dim));
+        const int32_t* keys[NB];
+        for (int j = 0; j < NB; j++) {
+            keys[j] = kv.tile(task.table, layer, false, task.kv_head, span.first + tile + j);
+        }
+        for (int next = tile + NB; next < std::min(tile + 2 * NB, span.count); next++) {
+            fetch(kv.tile(task.table, layer, false, task.kv_head, span.first + next), words * LANES);
+        }
+        f32x16 acc[N][NB] = {};
+        accumulate<T, 1>(acc, query, words, keys, words);
+        for (int i = 0; i < N; i++) {
+            const float position = static_cast<float>(task.position + i / task.heads);
+            const float oldest = window ? position - static_cast<float>(window) : -1.0f;
+            for (int j = 0; j < NB; j++) {
+                const f32x16 key = LANE + static_cast<float>((span.first + tile + j) * LANES);
+                f32x16 found = acc[i][j] * scale;
+                found = key > position ? splat(NEVER) : found;
+                found = key > oldest ? found : splat(NEVER);
+                best[i] = max(best[i], found);
+                store(score + i * row + (tile + j) * LANES, found);
+            }
+        }
+    }
+
+    // Turns the scores of a query into weights, as words along the tokens; returns their sum.
+    ALWAYS_INLINE float weights(int i, float best) {
+        float* from = score + i * row;
+        auto* halves = reinterpret_cast<uint16_t*>(from);
+        f32x16 total{};
+        for (size_t t = 0; t < row; t += LANES) {
+            const f32x16 weight = exp(load(from + t) - best);
+            total += weight;
+            if constexpr (T::STEP == 1) {
+                store(from + t, weight);
+            } else {  // in place: half as wide, so never ahead of what is still to be read
+                const u16x16 rounded = to_bf16(weight);
+                memcpy(halves + t, &rounded, sizeof rounded);
+            }
+        }
+        return sum(total);
+    }
+
+    // The weighted sum of NB * 16 dimensions of the values.
+    template <int NB>
+    ALWAYS_INLINE void values(int panel, const float (&inverse)[N], float* const (&out)[N]) {
+        constexpr int WORDS = LANES / T::STEP;  // of a tile
+        const auto* weight = reinterpret_cast<const int32_t*>(score);
+        const int end = task.position + task.tokens;
+        f32x16 acc[N][NB] = {};
+        for (int tile = 0; tile < span.count; tile++) {
+            const int32_t* base =
+                kv.tile(task.table, layer, true, task.kv_head, span.first + tile) +
+                panel * WORDS * LANES;
+            if (tile + 1 < span.count) {
+                fetch(kv.tile(task.table, layer, true, task.kv_head, span.first + tile + 1) +
+                          panel * WORDS * LANES,
+                      NB * WORDS * LANES);
+            }
+            const int32_t* at[NB];
+            for (int j = 0; j < NB; j++) at[j] = base + j * WORDS * LANES;
+            const int tokens = std::min(LANES, end - (span.first + tile) * LANES);
+            accumulate<T, 1>(acc, weight + tile * WORDS, row, at, (tokens + T::STEP - 1) / T::STEP);
+        }
+        for (int i = 0; i < N; i++) {
+            for (int j = 0; j < NB; j++) {
+                store(out[i] + (panel + j) * LANES, acc[i][j] * inverse[i]);
+            }
+        }
+    }
+};
+
+template <class T>
+void dispatch(const KvPages& kv, int layer, const AttentionTask& task, const int32_t* queries,
+              int all_heads, int window, float* out, size_t stride, float* scratch) {
+    const auto run = [&]<int N>() {
+        Attend<T, N>(kv, layer, task, window, scratch)(queries, all_heads, out, stride);
+    };
+    switch (task.tokens * task.heads) {
+        case 1: return run.template operator()<1>();
+        case 2: return run.template operator()<2>();
+        case 3: return run.template operator()<3>();
+        case 4: return run.template operator()<4>();
+        case 5: return run.template operator()<5>();
+        case 6: return run.template operator()<6>();
+    }
+}
+
+template <class Number>
+void put_in_tile(Number* keys, Number* values, int token, const Number* k, const Number* v, int dim,
+                 int step, bool last) {
+    for (int d = 0; d < dim; d++) {
+        keys[(d / step * LANES + token) * step + d % step] = k[d];
+        const int word = (d / LANES * (LANES / step) + token / step) * LANES + d % LANES;
+        values[word * step + token % step] = v[d];
+        if (last) {
+            for (int part = token % step + 1; part < step; part++) values[word * step + part] = 0;
+        }
+    }
+}
+
+}  // namespace
+
+void KvPages::put(const int32_t* table, int layer, int head, int position, const float* k,
+                  const float* v, bool last) const {
+    int32_t* keys = tile(table, layer, false, head, position / LANES);
+    int32_t* values = tile(table, layer, true, head, position / LANES);
+    const int token = position % LANES;
+    if (dtype == Dtype::F32) {
+        put_in_tile(reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values), token, k, v,
+                    dim, F32::STEP, last);
+        return;
+    }
+    uint16_t rounded[2][LANES];
+    for (int d = 0; d < dim; d += LANES) {  // 16 dimensions are whole words of K, a panel of V
+        for (int i = 0; i < LANES; i++) {
+            rounded[0][i] = to_bf16(k[d + i]);
+            rounded[1][i] = to_bf16(v[d + i]);
+        }
+        put_in_tile(reinterpret_cast<uint16_t*>(keys) + d * LANES,
+                    reinterpret_cast<uint16_t*>(values) + d * LANES, token, rounded[0], rounded[1],
+                    LANES, Bf16::STEP, last);
+    }
+}
+
+size_t attention_scratch(const AttentionTask& task, int dim) {
+    const size_t tokens = padded(task.position + task.tokens);
+    return MAX_QUERIES * (dim + tokens);
+}
+
+void attend(const KvPages& kv, int layer, const AttentionTask& task, const int32_t* queries,
+            int all_heads, int window, float* out, size_t stride, float* scratch) {
+    const auto kernel = kv.dtype == Dtype::F32 ? dispatch<F32> : dispatch<Bf16>;
+    kernel(kv, layer, task, queries, all_heads, window, out, stride, scratch);
+}
+
+}  // namespace fastserve

@@ -1,0 +1,236 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace fastserve {
+
+namespace {
+
+// Rows and panels of a tile: 24 accumulators, 4 vectors of weights and an input fill the 32
+// registers.
+constexpr int MAX_ROWS = 6;
+constexpr int MAX_PANELS = 4;
+constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
+
+struct Product {
+    const Rows& x;
+    const Linear& w;
+    Output kind;
+    float* out;
+    size_t stride;
+};
+
+template <class T>
+ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
+    if constexpr (std::is_same_v<T, Int8>) return splat(x.correction[row * x.groups + group]);
+    return typename T::Acc{};
+}
+
+// MR rows from `row` on, with a strip of NB panels.
+template <class T, int MR, int NB>
+void tile(const Product& p, int row, int strip) {
+    constexpr bool INT8 = std::is_same_v<T, Int8>;
+    constexpr int GROUP = group_words(INT8 ? Dtype::INT8 : Dtype::F32);
+    const Rows& x = p.x;
+    const Linear& w = p.w;
+    const int panel = strip * w.width;
+    const size_t vectors = static_cast<size_t>(panel) * LANES;  // before this strip, per word
+    const int32_t* weights = w.data.get() + vectors * w.words;
+    const uint16_t* scales = w.scale.get() + vectors * w.groups;
+    const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
+    f32x16 total[MR][NB] = {};
+    for (int group = 0; group < x.groups; group++) {
+        const int first = group * GROUP;
+        typename T::Acc acc[MR][NB];
+        const int32_t* at[NB];
+        for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
+        for (int i = 0; i < MR; i++) {
+            for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(x, row + i, group);
+        }
+        accumulate<T, NB>(acc, inputs + first, x.words, at, std::min(GROUP, w.words - first));
+        if constexpr (INT8) {
+            f32x16 scale[NB];
+            for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (group * NB + j) * LANES);
+            for (int i = 0; i < MR; i++) {
+                const f32x16 s = splat(x.scale[(row + i) * x.groups + group]);
+                for (int j = 0; j < NB; j++) total[i][j] += to_float(acc[i][j]) * scale[j] * s;
+            }
+        } else {
+            for (int i = 0; i < MR; i++) {
+                for (int j = 0; j < NB; j++) total[i][j] += acc[i][j];
+            }
+        }
+    }
+    for (int i = 0; i < MR; i++) {
+        for (int j = 0; j < NB; j++) {
+            const int column = (panel + j) * LANES;
+            if (w.bias.get() != nullptr) total[i][j] += load(w.bias.get() + column);
+        }
+        float* out = p.out + (row + i) * p.stride;
+        if (p.kind == Output::SWIGLU) {
+            for (int j = 0; j + 1 < NB; j += 2) {
+                store(out + (panel + j) / 2 * LANES, silu(total[i][j]) * total[i][j + 1]);
+            }
+            continue;
+        }
+        for (int j = 0; j < NB; j++) {
+            float* at = out + (panel + j) * LANES;
+            store(at, p.kind == Output::ADD ? load(at) + total[i][j] : total[i][j]);
+        }
+    }
+}
+
+using Tile = void (*)(const Product&, int row, int strip);
+
+// Tiles of MR rows and 1 to 4 panels.
+template <class T, int MR>
+constexpr Tile TILES[MAX_PANELS] = {tile<T, MR, 1>, tile<T, MR, 2>, tile<T, MR, 3>, tile<T, MR, 4>};
+
+template <class T, int MR>
+constexpr const Tile* tiles_of(int rows) {
+    if constexpr (MR == 0) {
+        return nullptr;
+    } else {
+        return rows == MR ? TILES<T, MR> : tiles_of<T, MR - 1>(rows);
+    }
+}
+
+// The rows [row, end) with a strip of so many panels.
+template <class T>
+void block(const Product& product, int row, int end, int strip, int panels) {
+    for (int tiles = (end - row + MAX_ROWS - 1) / MAX_ROWS; tiles > 0; tiles--) {
+        const int count = (end - row + tiles - 1) / tiles;  // evenly, not 6, 6, 1
+        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip);
+        row += count;
+    }
+}
+
+}  // namespace
+
+void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind, float* out,
+              size_t stride) {
+    const auto run = w.dtype == Dtype::F32    ? block<F32>
+                     : w.dtype == Dtype::BF16 ? block<Bf16>
+                                              : block<Int8>;
+    const Product product{x, w, kind, out, stride};
+    const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    pool.each(w.strips() * blocks, [&](int task, int) {
+        const int first = task / w.strips() * ROW_BLOCK, strip = task % w.strips();
+        run(product, first, std::min(rows, first + ROW_BLOCK), strip,
+            std::min(w.width, w.panels - strip * w.width));
+    });
+}
+
+void Rows::shape(Dtype new_dtype, int new_size, int rows) {
+    dtype = new_dtype;
+    size = new_size;
+    words = padded(size) / step_of(dtype);
+    groups = (words + group_words(dtype) - 1) / group_words(dtype);
+    data.reserve(static_cast<size_t>(rows) * words);
+    scale.reserve(static_cast<size_t>(rows) * groups);
+    correction.reserve(static_cast<size_t>(rows) * groups);
+}
+
+void Rows::put(int row, const float* x) {
+    int32_t* out = data.get() + static_cast<size_t>(row) * words;
+    if (dtype == Dtype::F32) {
+        for (int i = 0; i < padded(size); i += LANES) {
+            store(reinterpret_cast<float*>(out) + i, load(x + i));
+        }
+        return;
+    }
+    if (dtype == Dtype::BF16) {
+        auto* halves = reinterpret_cast<uint16_t*>(out);
+        for (int i = 0; i < padded(size); i += LANES) {
+            const u16x16 rounded = to_bf16(load(x + i));
+            memcpy(halves + i, &rounded, sizeof rounded);
+        }
+        return;
+    }
+    auto* bytes = reinterpret_cast<int8_t*>(out);
+    constexpr int GROUP = group_words(Dtype::INT8) * Int8::STEP;
+    for (int group = 0; group < groups; group++) {
+        const int first = group * GROUP, end = std::min(first + GROUP, padded(size));
+        f32x16 most{}, spoilt{};
+        for (int i = first; i < end; i += LANES) {
+            const f32x16 v = load(x + i);
+            most = max(most, max(v, -v));
+            spoilt += v - v;  // 0, but NaN where v is not finite
+        }
+        const float highest = largest(most);
+        const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
+        i32x16 total{};
+        for (int i = first; i < end; i += LANES) {
+            const i32x16 number = __builtin_convertvector(round(load(x + i) * inverse), i32x16);
+            total += number;
+            const i8x16 narrow = __builtin_convertvector(number, i8x16);
+            memcpy(bytes + i, &narrow, sizeof narrow);
+        }
+        // What is not finite has to stay so: the engine fails such a job.
+        scale[row * groups + group] = highest / 127.0f + sum(spoilt);
+        correction[row * groups + group] = -128 * sum(total);
+    }
+}
+
+void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float* weight,
+                  const float* new_bias, bool halves) {
+    dtype = new_dtype;
+    outputs = new_outputs;
+    inputs = new_inputs;
+    const int step = step_of(dtype), group = group_words(dtype);
+    words = padded(inputs) / step;
+    const int half = padded(outputs / 2);  // outputs of a half, with padding
+    panels = (halves ? 2 * half : padded(outputs)) / LANES;
+    // Few panels: narrow strips, so that every thread gets as much as the others.
+    width = panels >= 96 ? MAX_PANELS : MAX_PANELS / 2;
+    groups = (words + group - 1) / group;
+    data = Buffer<int32_t>(static_cast<size_t>(panels) * words * LANES);
+    if (dtype == Dtype::INT8) scale = Buffer<uint16_t>(static_cast<size_t>(panels) * groups * LANES);
+    if (new_bias != nullptr) bias = Buffer<float>(panels * LANES);
+    for (int place = 0; place < panels * LANES; place++) {
+        const int panel = place / LANES, lane = place % LANES;
+        // Row of `weight` that stands here; -1: padding.
+        int source = place < outputs ? place : -1;
+        if (halves) {
+            const int in_half = panel / 2 * LANES + lane;
+            source = in_half < outputs / 2 ? in_half + panel % 2 * (outputs / 2) : -1;
+        }
+        const float* row = source < 0 ? nullptr : weight + static_cast<size_t>(source) * inputs;
+        const int strip = panel / width, panels_here = std::min(width, panels - strip * width);
+        // Of word or group i: this many vectors after the beginning of the strip.
+        const auto vector = [&](int i) { return size_t(i) * panels_here + panel % width; };
+        int32_t* out = data.get() + static_cast<size_t>(strip) * width * words * LANES + lane;
+        uint16_t* scales = scale.get() + static_cast<size_t>(strip) * width * groups * LANES + lane;
+        float inverse = 0.0f;
+        if (new_bias != nullptr && source >= 0) bias[place] = new_bias[source];
+        for (int word = 0; word < words; word++) {
+            if (dtype == Dtype::INT8 && word % group == 0 && row != nullptr) {
+                float highest = 0.0f;
+                for (int i = word * step; i < std::min(inputs, (word + group) * step); i++) {
+                    highest = std::max(highest, std::fabs(row[i]));
+                }
+                const uint16_t rounded = to_bf16(highest / 127.0f);
+                scales[vector(word / group) * LANES] = rounded;
+                inverse = highest > 0.0f ? 1.0f / from_bf16(rounded) : 0.0f;
+            }
+            uint32_t bits = 0;
+            for (int part = 0; part < step; part++) {
+                const int i = word * step + part;
+                const float v = row != nullptr && i < inputs ? row[i] : 0.0f;
+                if (dtype == Dtype::F32) {
+                    memcpy(&bits, &v, sizeof bits);
+                } else if (dtype == Dtype::BF16) {
+                    bits |= static_cast<uint32_t>(to_bf16(v)) << (16 * part);
+                } else {
+                    // Beyond 127 only where the scale was rounded down.
+                    const int number = std::clamp(static_cast<int>(std::nearbyintf(v * inverse)), -127, 127);
+                    bits |= static_cast<uint32_t>(number + 128) << (8 * part);
+                }
+            }
+            out[vector(word) * LANES] = static_cast<int32_t>(bits);
+        }
+    }
+}
+
+}  // namespace fastserve

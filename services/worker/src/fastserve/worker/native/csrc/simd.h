@@ -1,0 +1,181 @@
+// Vectors of 16 lanes, and the dot products that everything else is made of.
+//
+// The same sources are compiled once per instruction set (see build.py). Plain arithmetic uses the
+// compiler's vector extensions, which any target lowers to what it has; only the dot products of
+// bf16 and int8 are spelled out for AVX-512 and AVX2.
+//
+// Each lane of a result is computed by the same operations in the same order, however many rows are
+// computed together. That a token's logits do not depend on its batch-mates rests on this.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace fastserve {
+
+constexpr int LANES = 16;
+
+typedef float f32x16 __attribute__((vector_size(64), may_alias));
+typedef int32_t i32x16 __attribute__((vector_size(64), may_alias));
+typedef uint32_t u32x16 __attribute__((vector_size(64), may_alias));
+typedef uint16_t u16x16 __attribute__((vector_size(32), may_alias));
+typedef int8_t i8x16 __attribute__((vector_size(16), may_alias));
+typedef f32x16 f32x16_any __attribute__((aligned(4)));  // at any address
+
+ALWAYS_INLINE f32x16 load(const float* p) { return *reinterpret_cast<const f32x16_any*>(p); }
+ALWAYS_INLINE void store(float* p, f32x16 v) { *reinterpret_cast<f32x16_any*>(p) = v; }
+ALWAYS_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+ALWAYS_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
+
+ALWAYS_INLINE f32x16 to_float(f32x16 v) { return v; }
+ALWAYS_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+
+ALWAYS_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+// Sums and maxima over lanes, in a fixed order.
+ALWAYS_INLINE float sum(f32x16 v) {
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        f32x16 shifted = v;
+        for (int i = 0; i < width; i++) shifted[i] = v[i + width];
+        v += shifted;
+    }
+    return v[0];
+}
+
+ALWAYS_INLINE int32_t sum(i32x16 v) {
+    int32_t total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+ALWAYS_INLINE float largest(f32x16 v) {
+    float found = v[0];
+    for (int i = 1; i < LANES; i++) found = v[i] > found ? v[i] : found;
+    return found;
+}
+
+// Nearest integers (ties to even) for |v| < 2^22: the constant pushes the fraction out.
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
+ALWAYS_INLINE f32x16 round(f32x16 v) { return (v + ROUND) - ROUND; }
+
+// e^v to 2 units in the last place; 0 below -87.
+ALWAYS_INLINE f32x16 exp(f32x16 v) {
+    const f32x16 inside = v < -87.0f ? splat(-87.0f) : v > 88.0f ? splat(88.0f) : v;
+    const f32x16 n = round(inside * 1.44269504088896341f);
+    const f32x16 r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const i32x16 exponent = (__builtin_convertvector(n, i32x16) + 127) << 23;
+    return v < -87.0f ? f32x16{} : p * (f32x16)exponent;
+}
+
+ALWAYS_INLINE f32x16 silu(f32x16 v) { return v / (1.0f + exp(-v)); }
+
+// bf16 is the upper half of a float; rounding to the nearest even one.
+ALWAYS_INLINE u16x16 to_bf16(f32x16 v) {
+    const u32x16 bits = (u32x16)v;
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
+}
+
+ALWAYS_INLINE uint16_t to_bf16(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+ALWAYS_INLINE float from_bf16(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+ALWAYS_INLINE f32x16 load_bf16(const uint16_t* p) {
+    u16x16 halves;
+    memcpy(&halves, p, sizeof halves);
+    return (f32x16)(__builtin_convertvector(halves, u32x16) << 16);
+}
+
+// A number format as products see it. Operands come in words of 32 bits, `STEP` numbers each: a
+// vector holds one word for each of 16 outputs, against it stands one word of the input for all.
+// dot: acc + the products of all numbers in a lane's word.
+
+struct F32 {
+    using Acc = f32x16;
+    static constexpr int STEP = 1;
+    static ALWAYS_INLINE Acc dot(Acc acc, i32x16 w, i32x16 a) { return acc + (f32x16)w * (f32x16)a; }
+};
+
+struct Bf16 {
+    using Acc = f32x16;
+    static constexpr int STEP = 2;
+    static ALWAYS_INLINE Acc dot(Acc acc, i32x16 w, i32x16 a) {
+#if defined(__AVX512BF16__)
+        return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)a);
+#else
+        acc += (f32x16)(w << 16) * (f32x16)(a << 16);
+        return acc + (f32x16)(w & -65536) * (f32x16)(a & -65536);
+#endif
+    }
+};
+
+struct Int8 {  // w: 0 .. 255, standing for -128 .. 127 (see gemm.h); a: -127 .. 127
+    using Acc = i32x16;
+    static constexpr int STEP = 4;
+    static ALWAYS_INLINE Acc dot(Acc acc, i32x16 w, i32x16 a) {
+#if defined(__AVX512VNNI__)
+        return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
+#elif defined(__AVX2__)
+        // Pairs of 16-bit products cannot overflow 32 bits, unlike vpmaddubsw with its 16.
+        union Halves { i32x16 whole; __m256i part[2]; } c{acc}, u{w}, s{a};
+        for (int i = 0; i < 2; i++) {
+            const __m256i even_w = _mm256_and_si256(u.part[i], _mm256_set1_epi16(0xff));
+            const __m256i odd_w = _mm256_srli_epi16(u.part[i], 8);
+            const __m256i even_a = _mm256_srai_epi16(_mm256_slli_epi16(s.part[i], 8), 8);
+            const __m256i odd_a = _mm256_srai_epi16(s.part[i], 8);
+            c.part[i] = _mm256_add_epi32(c.part[i], _mm256_madd_epi16(even_w, even_a));
+            c.part[i] = _mm256_add_epi32(c.part[i], _mm256_madd_epi16(odd_w, odd_a));
+        }
+        return c.whole;
+#else
+        for (int byte = 0; byte < 4; byte++) {
+            const i32x16 number = (i32x16)((u32x16)w << (24 - 8 * byte) >> 24);
+            acc += number * ((a << (24 - 8 * byte)) >> 24);
+        }
+        return acc;
+#endif
+    }
+};
+
+// acc[i][j] += products over `words` words of row i of `a` (rows `lda` words apart) with the 16
+// outputs at w[j], whose words are STRIDE vectors apart. (Fetching ahead by hand was slower than
+// leaving it to the hardware.)
+template <class T, int STRIDE, int MR, int NB>
+ALWAYS_INLINE void accumulate(typename T::Acc (&acc)[MR][NB], const int32_t* a, size_t lda,
+                              const int32_t* const (&w)[NB], int words) {
+    for (int k = 0; k < words; k++) {
+        i32x16 weights[NB];
+#pragma GCC unroll 4
+        for (int j = 0; j < NB; j++) {
+            weights[j] = *reinterpret_cast<const i32x16*>(w[j] + k * STRIDE * LANES);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            const i32x16 input = splat(a[i * lda + k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NB; j++) acc[i][j] = T::dot(acc[i][j], weights[j], input);
+        }
+    }
+}
+
+}  // namespace fastserve
