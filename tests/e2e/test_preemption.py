@@ -17,8 +17,9 @@ from support.streams import TIMEOUT, Answer, body_of, stream
 LONG_TOKENS = 130
 SHORTS = 4
 # 15 blocks of 16 tokens: the long job grows to 10, a short one has 7.
-FLAGS = ("--kv-blocks", "15", "--max-num-seqs", "1", "--host-kv-blocks", "64")
-BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 4  # layers, K and V, KV heads, tokens, head dimension, fp32
+SIZES = ("--kv-blocks", "15", "--max-num-seqs", "1", "--host-kv-blocks", "64")
+FLAGS = (*SIZES, "--dtype", "bfloat16")
+BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 2  # layers, K and V, KV heads, tokens, head dimension, bf16
 LONG = "Write a long story about a lighthouse keeper and his daughter.\n\n"
 SHORT = "The harbour of the small town had been built for fishing boats. " * 6
 
