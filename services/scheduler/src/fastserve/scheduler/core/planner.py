@@ -32,8 +32,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
     _promote(group, now, tell, counters)
-    waiting, running = len(group.waiting), group.running
-    if group.queue.may_resort() and group.policy.resort(now, waiting, running):
+    if group.queue.may_resort() and group.policy.resort(now, *group.left):
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
@@ -50,6 +49,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         if job.state is not running:
             group.start(job)
             tell(job, EventKind.STARTED, now)
+    group.left = (len(group.waiting), group.running)
     if not draft.ops and _goes_on(group, draft.rows):
         return None
     lease = group.config.lease

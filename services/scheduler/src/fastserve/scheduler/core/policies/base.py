@@ -80,7 +80,8 @@ class Policy(ABC):
     def resort(self, now: float, waiting: int, running: int) -> bool:
         """Whether keys have changed as time went by: then the whole queue is sorted anew.
 
-        waiting, running: jobs without and with a row. Asked before every plan, of long queues only
+        waiting, running: jobs left without and with a row by the last plan. Asked before every
+        plan, of long queues only
         after many changes (`FairQueue.may_resort`); should rarely say yes.
         """
         return False

@@ -14,7 +14,7 @@ wait there is hardly any mean to be won by overtaking, and a tail to be lost. Pa
 backlog makes all jobs old, so that a fixed weight would be first come, first served. With `x` jobs
 waiting per job that runs, averaged over a minute or two since a burst is no load,
 
-    weight = service * max(3 / running, min(16 x^2, max(5, 2.5 x)))
+    weight = service * max(2 / running, min(16 x^2, max(5, 2.5 x)))
 
 Of `running` jobs one ends every `service / running` seconds: where few run, an old one would keep
 a newcomer waiting for long. docs/evaluation.md has the figures.
@@ -30,7 +30,7 @@ from fastserve.scheduler.core.policies.base import Key, class_rank
 from fastserve.scheduler.core.policies.mlfq import SkipJoinMlfq
 
 # Weight in mean services; x: jobs that wait per job that runs.
-_LEAST: Final = 3.0  # over the number of jobs that run
+_LEAST: Final = 2.0  # over the number of jobs that run
 _SQUARE: Final = 16.0  # per x^2
 _MOST: Final = 5.0  # at moderate load
 _LINEAR: Final = 2.5  # per x beyond it
