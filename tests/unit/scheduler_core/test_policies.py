@@ -16,7 +16,7 @@ from fastserve.scheduler.core import (
     SchedulerConfig,
     UnknownPolicyError,
 )
-from fastserve.scheduler.core.cost_model import CostModel
+from fastserve.scheduler.core.cost_model import CostModel, Work
 from fastserve.scheduler.core.policies import POLICIES, Policy
 from fastserve.scheduler.core.policies.fastserve import FastServe
 from fastserve.scheduler.core.policies.fcfs import Fcfs
@@ -156,10 +156,10 @@ def test_hrrn_lets_short_ones_pass_until_long_ones_waited_enough() -> None:
     policy = policy_of(Hrrn)
     # Prefills of 208 and 20 ms.
     long, short = joined(policy, job_of(0, 100), job_of(1, 6, arrival=1.0))
-    assert policy.resort(1.05, 2)
+    assert policy.resort(1.05, 2, 8)
     assert order(policy, [short, long]) == ["j0", "j1"]  # 1.05 / 0.208 > 0.05 / 0.02
-    assert not policy.resort(1.1, 2)  # not at every plan
-    assert policy.resort(2.0, 2)
+    assert not policy.resort(1.1, 2, 8)  # not at every plan
+    assert policy.resort(2.0, 2, 8)
     assert order(policy, [long, short]) == ["j1", "j0"]  # 2 / 0.208 < 1 / 0.02
     long.state = JobState.RUNNING
     assert order(policy, [long, short]) == ["j0", "j1"]
@@ -178,39 +178,121 @@ def test_srpt_goes_by_what_is_left() -> None:
     assert order(policy, [long, short, prompt]) == ["j2", "j0", "j1"]
 
 
+SERVICE_S = 256 * DECODE_S  # what fastserve takes for an average job until some have ended
+
+
+def test_in_fastserve_a_newcomer_comes_first_until_its_first_quantum_is_used() -> None:
+    policy = policy_of(FastServe)
+    old, late = joined(policy, job_of(0), job_of(1, arrival=50.0))
+    policy.charge(old, DECODE_S)
+    assert order(policy, [old, late]) == ["j1", "j0"]
+    policy.charge(late, DECODE_S)
+    assert order(policy, [old, late]) == ["j0", "j1"]
+
+
+def test_in_fastserve_short_prompts_come_first_among_newcomers() -> None:
+    policy = policy_of(FastServe)
+    long, short = joined(policy, job_of(0, 500), job_of(1, arrival=SERVICE_S))
+    assert order(policy, [long, short]) == ["j1", "j0"]
+    (much_later,) = joined(policy, job_of(2, arrival=10 * SERVICE_S))
+    assert order(policy, [long, much_later]) == ["j0", "j2"], "but not for ever"
+
+
+def begun(policy: Policy, number: int, arrival: float, quanta: int) -> Job:
+    """A job that has used up so many quanta of the first level."""
+    (job,) = joined(policy, job_of(number, arrival=arrival))
+    policy.charge(job, quanta * DECODE_S)
+    return job
+
+
 def test_in_fastserve_a_level_is_a_handicap_in_time() -> None:
     policy = policy_of(FastServe)
-    weight = 256 * DECODE_S  # nothing has ended yet, nobody waits
-    old, soon, late = joined(
-        policy, job_of(0), job_of(1, arrival=0.9 * weight), job_of(2, arrival=1.1 * weight)
-    )
-    assert order(policy, [old, soon, late]) == ["j0", "j1", "j2"]
-    assert policy.charge(old, DECODE_S) and old.level == 1
+    old = begun(policy, 0, 0.0, quanta=7)  # 1 + 2 + 4: three levels down
+    soon = begun(policy, 1, 1.9 * SERVICE_S, quanta=1)
+    late = begun(policy, 2, 2.1 * SERVICE_S, quanta=1)
+    assert (old.level, soon.level, late.level) == (3, 1, 1)
     assert order(policy, [old, soon, late]) == ["j1", "j0", "j2"]
 
 
 def test_in_fastserve_the_handicap_follows_the_backlog() -> None:
-    policy = policy_of(FastServe)  # 8 rows
-    old, late = joined(policy, job_of(0), job_of(1, arrival=7 * 256 * DECODE_S))
-    policy.charge(old, DECODE_S)
+    policy = policy_of(FastServe)
+    old = begun(policy, 0, 0.0, quanta=1)
+    late = begun(policy, 1, 10 * SERVICE_S, quanta=0)
+    late.joined = -1  # no newcomer any more, but still in level 0
+    assert policy.resort(0.0, 0, 8)  # nobody waits: less than at the start
     assert order(policy, [old, late]) == ["j0", "j1"]
-    assert not policy.resort(0.0, 1)  # less than what it is with nobody waiting
-    assert policy.resort(0.0, 80)
+    assert policy.resort(0.1, 160, 8)  # a flood counts at once
     assert order(policy, [old, late]) == ["j1", "j0"]
-    assert policy.resort(0.0, 0)
+    assert policy.resort(1000.0, 0, 8)
     assert order(policy, [old, late]) == ["j0", "j1"]
+
+
+def test_in_fastserve_a_backlog_counts_once_it_lasts() -> None:
+    policy = policy_of(FastServe)
+    old = begun(policy, 0, 0.0, quanta=1)
+    late = begun(policy, 1, 3 * SERVICE_S, quanta=0)
+    late.joined = -1
+    policy.resort(0.0, 0, 8)
+    policy.resort(1.0, 8, 8)  # as many wait as run
+    assert order(policy, [old, late]) == ["j0", "j1"]
+    assert policy.resort(300.0, 8, 8)
+    assert order(policy, [old, late]) == ["j1", "j0"]
+
+
+def test_in_fastserve_old_jobs_yield_sooner_where_few_run() -> None:
+    policy = policy_of(FastServe)
+    old = begun(policy, 0, 0.0, quanta=1)
+    late = begun(policy, 1, 2 * SERVICE_S, quanta=0)
+    late.joined = -1
+    policy.resort(0.0, 0, 8)
+    assert order(policy, [old, late]) == ["j0", "j1"]
+    policy.resort(0.1, 0, 1)
+    assert order(policy, [old, late]) == ["j1", "j0"]
 
 
 def test_in_fastserve_the_handicap_follows_what_jobs_take() -> None:
     policy = policy_of(FastServe)
-    old, late = joined(policy, job_of(0), job_of(1, arrival=10 * 256 * DECODE_S))
-    policy.charge(old, DECODE_S)
+    old = begun(policy, 0, 0.0, quanta=1)
+    late = begun(policy, 1, 5 * SERVICE_S, quanta=0)
+    late.joined = -1
+    policy.resort(0.0, 0, 1)
+    assert order(policy, [old, late]) == ["j0", "j1"]
     for number in range(2, 300):
         (ended,) = joined(policy, job_of(number))
-        ended.attained = 20 * 256 * DECODE_S
+        ended.attained = 20 * SERVICE_S
         policy.leave(ended)
-    assert policy.resort(0.0, 0)
+    assert policy.resort(0.1, 0, 1)
     assert order(policy, [old, late]) == ["j1", "j0"]
+
+
+def test_in_fastserve_chunks_of_prompts_grow_with_those_who_wait() -> None:
+    policy = policy_of(FastServe)
+    rows, tokens = policy.limits(0)
+    # A prompt token takes 2 ms, seven decodes 70 ms: some 35 tokens, less what an iteration costs.
+    assert (rows, tokens) == (8, 8 + 64), "64 at least"
+    assert policy.limits(200)[1] > policy.limits(100)[1] > tokens
+    assert policy.limits(10_000) == (8, 512), "at most the budget"
+
+
+def test_in_fastserve_rows_that_add_no_throughput_are_left_out() -> None:
+    def rows_of(decode_of_64_s: float) -> int:
+        policy = FastServe(
+            SchedulerConfig(policy="fastserve"),
+            CostModel(PREFILL, DECODE),
+            rows=256,
+            budget=512,
+            place=lambda: 0,
+        )
+        per_row = (decode_of_64_s - DECODE_S) / 63
+        for rows in (1, 64, 8, 200, 32, 128) * 50:
+            work = Work(0, 0, rows, rows * 100)
+            policy.cost.observe(work, DECODE_S + per_row * (rows - 1))
+        return policy.limits(0)[0]
+
+    assert rows_of(DECODE_S * 1.5) == 256, "64 rows in the time of 1.5"
+    # Each row takes as long as the first: nine of them have nine tenths of all throughput.
+    assert 16 <= rows_of(DECODE_S * 32) < 64
+    assert rows_of(DECODE_S * 640) == 16, "never fewer than that"
 
 
 @pytest.mark.parametrize("kind", [FastServe, SkipJoinMlfq, Mlfq, FixedPriority, Srpt])

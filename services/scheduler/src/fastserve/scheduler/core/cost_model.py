@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
@@ -77,6 +78,7 @@ class CostModel:
         self._decode(decode.seconds)
         self.error = 0.0  # running mean of |predicted - measured| / measured
         self.samples = 0  # iterations that it was compared with
+        self._context = float(decode.context_tokens) / decode.rows  # running mean of a decode's
 
     def seconds(self, work: Work) -> float:
         """Expected of an iteration. Never negative; no part of the work makes it shorter."""
@@ -96,6 +98,17 @@ class CostModel:
         seconds = self.seconds(chunk(0, tokens))
         return tokens / seconds if seconds > 0 else 0.0
 
+    def rows_worth(self, share: float) -> float:
+        """Decodes in an iteration beyond which one more row adds less throughput than `share` of
+        what it would add if rows cost nothing. Infinite if they do.
+
+        With r rows of c seconds each beside `base`, throughput r / (base + c r) grows by the share
+        base / (base + c r) of proportionally.
+        """
+        base, _, _, rows, context = self._weights
+        per_row = max(rows, 0.0) / _ROWS + max(context, 0.0) * self._context / _CONTEXT
+        return max(base, 0.0) * (1.0 / share - 1.0) / per_row if per_row > 0 else math.inf
+
     def prefill(self, tokens: int, budget: int) -> float:
         """Seconds that a prompt of `tokens` takes alone, `budget` tokens per iteration."""
         return sum(
@@ -107,6 +120,8 @@ class CostModel:
         """Learn from a measured iteration."""
         if seconds <= 0 or not (work.rows or work.prefill_tokens):
             return
+        if work.rows:
+            self._context += _NEWEST * (work.context / work.rows - self._context)
         if not work.prefill_tokens:
             self._decode(seconds)
         relative = abs(self.seconds(work) - seconds) / seconds

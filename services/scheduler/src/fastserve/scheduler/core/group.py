@@ -66,6 +66,7 @@ class Group:
     running: int = 0  # jobs with a row
     waiting: OrderedDict[Job, None] = field(default_factory=OrderedDict)
     #   those without a row that were not lifted for it, the longest waiting first
+    left: tuple[int, int] = (0, 0)  # jobs without and with a row after the last plan
     resident: dict[Job, None] = field(default_factory=dict)  # KV state DEVICE
     device_used: int = 0
     host_used: int = 0

@@ -25,6 +25,7 @@ class Job:
         "drops",
         "host_booked",
         "host_tokens",
+        "joined",
         "key",
         "kv",
         "lane",
@@ -63,6 +64,7 @@ class Job:
         # Policy.
         self.key: tuple[float, ...] = ()  # where it stands in its queue
         self.level = 0
+        self.joined = -1  # the level it began at, if the policy asks for that
         self.attained = 0.0  # seconds of service it was charged for
         self.limit = 0.0  # what the policy noted of it when it came to its group
         self.used = 0.0  # seconds of the quantum of its level

@@ -32,7 +32,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
     _promote(group, now, tell, counters)
-    if group.queue.may_resort() and group.policy.resort(now, len(group.waiting)):
+    if group.queue.may_resort() and group.policy.resort(now, *group.left):
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
@@ -49,6 +49,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         if job.state is not running:
             group.start(job)
             tell(job, EventKind.STARTED, now)
+    group.left = (len(group.waiting), group.running)
     if not draft.ops and _goes_on(group, draft.rows):
         return None
     lease = group.config.lease
@@ -84,7 +85,7 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     group, rows, chosen = draft.group, draft.rows, draft.chosen
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
     on_host, on_device = KvState.HOST, KvState.DEVICE
-    rows_left, tokens_left = group.max_rows, group.max_tokens
+    rows_left, tokens_left = group.policy.limits(len(group.waiting))
     partial_prefills = passed = 0
     behind = len(group.queue)
     for job in order:

@@ -73,11 +73,16 @@ class Policy(ABC):
     def leave(self, job: Job) -> None:  # noqa: B027  # most have nothing to do
         """The job is over or goes to another group."""
 
-    def resort(self, now: float, waiting: int) -> bool:
+    def limits(self, waiting: int) -> tuple[int, int]:
+        """Most rows and most tokens of the next iteration. waiting: jobs without a row."""
+        return self.rows, self.budget
+
+    def resort(self, now: float, waiting: int, running: int) -> bool:
         """Whether keys have changed as time went by: then the whole queue is sorted anew.
 
-        waiting: jobs without a row. Asked before every plan, of long queues only after many
-        changes (`FairQueue.may_resort`); should rarely say yes.
+        waiting, running: jobs left without and with a row by the last plan. Asked before every
+        plan, of long queues only
+        after many changes (`FairQueue.may_resort`); should rarely say yes.
         """
         return False
 

@@ -6,27 +6,46 @@ go by `arrival + weight * level`. A newcomer overtakes whoever is `d` levels dow
 came more than `weight * d` seconds earlier. With a weight of 0 this is first come, first served,
 with an infinite one skip-join MLFQ.
 
-The weight follows the load, in units of what an average job takes: `mean service * max(1,
-min(2 x^2, 2.5 x))`, x being the backlog in full batches. A fixed weight is either too timid under
-overload, where the backlog makes all jobs old, or too bold at moderate load, where there is hardly
-any mean to win and only a tail to lose. The square keeps bursts at moderate load from raising it.
-docs/evaluation.md has the figures.
+Who has not used up the quantum of the level that it joined stands before nearly everyone: a first
+token costs the others little, and keeps them from nothing for long.
+
+The weight follows the load, in units of what an average job takes (`service`). While jobs seldom
+wait there is hardly any mean to be won by overtaking, and a tail to be lost. Past capacity the
+backlog makes all jobs old, so that a fixed weight would be first come, first served. With `x` jobs
+waiting per job that runs, averaged over a minute or two since a burst is no load,
+
+    weight = service * max(2 / running, min(16 x^2, max(5, 2.5 x)))
+
+Of `running` jobs one ends every `service / running` seconds: where few run, an old one would keep
+a newcomer waiting for long. docs/evaluation.md has the figures.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key, class_rank
 from fastserve.scheduler.core.policies.mlfq import SkipJoinMlfq
 
-# Weight in mean services: with no backlog, and per backlog in full batches.
-_AT_LEAST: Final = 1.0
-_SQUARE: Final = 2.0
-_LINEAR: Final = 2.5
+# Weight in mean services; x: jobs that wait per job that runs.
+_LEAST: Final = 2.0  # over the number of jobs that run
+_SQUARE: Final = 16.0  # per x^2
+_MOST: Final = 5.0  # at moderate load
+_LINEAR: Final = 2.5  # per x beyond it
+_MEMORY_S: Final = 100.0  # over which x is averaged
+_BURST: Final = 2.0  # what x exceeds this by counts at once
+# Head start of newcomers, in levels and in seconds.
+_HEAD_LEVELS: Final = 8
+_HEAD_S: Final = 60.0
 _FIRST_GUESS: Final = 256  # decode iterations of a job before any was seen to end
 _CLASS_LEVELS: Final = (-4, 0, 6)  # interactive, default, batch
+_WORTH: Final = 0.1  # of the throughput that a row adds where rows cost nothing
+_FEWEST: Final = 16  # rows: below them a model that is wrong would cost more than it could win
+_SEEN: Final = 64  # iterations before it is believed
+_STRETCH: Final = 7.0  # decode iterations that a chunk of a prompt may take
+_CHUNK: Final = 64  # tokens, at least
 _NEWEST: Final = 0.01  # share of the newest job in the mean service
 _CHANGE: Final = 0.1  # relative change of the weight that makes sorting anew worth while
 
@@ -36,7 +55,7 @@ class FastServe(SkipJoinMlfq):
     of so many levels.
 
     Nobody waits without bound as long as priorities are equal: whoever comes later than a job's own
-    key stays behind it for good.
+    key, less the head start, stays behind it for good.
     """
 
     name = "fastserve"
@@ -45,10 +64,32 @@ class FastServe(SkipJoinMlfq):
         super().__init__(*args, **kwargs)
         self._service = _FIRST_GUESS * self.cost.decode_s
         self._weight = self._service
+        self._steady = self._service  # the weight, but never less than a mean service
+        self._backlog = 0.0
+        self._asked = -math.inf  # when it was averaged last
 
     def key(self, job: Job) -> Key:
-        handicap = job.level + _CLASS_LEVELS[class_rank(job)]
-        return (job.spec.priority, job.spec.arrival + self._weight * handicap, job.place)
+        at = job.spec.arrival + self._steady * _CLASS_LEVELS[class_rank(job)]
+        if job.level == job.joined:
+            at += self._steady * (job.level - _HEAD_LEVELS) - _HEAD_S
+        else:
+            at += self._weight * job.level
+        return (job.spec.priority, at, job.place)
+
+    def join(self, job: Job) -> None:
+        super().join(job)
+        job.joined = job.level
+
+    def limits(self, waiting: int) -> tuple[int, int]:
+        """Rows as long as another one is worth while; tokens so that an iteration with a chunk of a
+        long prompt takes a few times a decode's, for whoever comes meanwhile waits for its end.
+        The more jobs wait, the more throughput counts: half a decode's time for each."""
+        rows = self.rows
+        if self.cost.samples >= _SEEN:
+            rows = min(rows, max(_FEWEST, int(min(self.cost.rows_worth(_WORTH), rows))))
+        seconds = self.cost.decode_s * (_STRETCH + waiting / 2)
+        chunk = max(_CHUNK, int(seconds * self.cost.prefill_tokens_per_s))
+        return rows, min(self.budget, rows + chunk)
 
     def promote(self, job: Job, now: float) -> bool:
         return False  # age is in the key
@@ -56,10 +97,17 @@ class FastServe(SkipJoinMlfq):
     def leave(self, job: Job) -> None:
         self._service += _NEWEST * (job.attained - self._service)
 
-    def resort(self, now: float, waiting: int) -> bool:
-        backlog = waiting / self.rows
-        weight = self._service * max(_AT_LEAST, min(_SQUARE * backlog**2, _LINEAR * backlog))
+    def resort(self, now: float, waiting: int, running: int) -> bool:
+        running = max(running, 1)
+        x = waiting / running
+        passed = now - self._asked
+        self._asked = now
+        self._backlog += (1.0 - math.exp(-passed / _MEMORY_S)) * (x - self._backlog)
+        x = max(self._backlog, x - _BURST)
+        services = max(_LEAST / running, min(_SQUARE * x**2, max(_MOST, _LINEAR * x)))
+        weight = self._service * services
         if abs(weight - self._weight) <= _CHANGE * self._weight:
             return False
         self._weight = weight
+        self._steady = max(weight, self._service)
         return True
