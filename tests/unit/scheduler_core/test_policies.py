@@ -242,7 +242,7 @@ def test_in_fastserve_a_backlog_counts_once_it_lasts() -> None:
 def test_in_fastserve_old_jobs_yield_sooner_where_few_run() -> None:
     policy = policy_of(FastServe)
     old = begun(policy, 0, 0.0, quanta=1)
-    late = begun(policy, 1, 2 * SERVICE_S, quanta=0)
+    late = begun(policy, 1, 1.5 * SERVICE_S, quanta=0)
     late.joined = -1
     policy.resort(0.0, 0, 8)
     assert order(policy, [old, late]) == ["j0", "j1"]
