@@ -91,7 +91,11 @@ class Group:
             budget=self.max_tokens,
             place=self.next_place,
         )
-        self.queue = FairQueue(self.policy.key, fair=config.fair_sharing and self.policy.fair)
+        self.queue = FairQueue(
+            self.policy.key,
+            fair=config.fair_sharing and self.policy.fair,
+            handicaps=self.policy.handicaps,
+        )
 
     @property
     def max_rows(self) -> int:

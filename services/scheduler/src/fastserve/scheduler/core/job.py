@@ -23,6 +23,7 @@ class Job:
         "boosted",
         "computed",
         "drops",
+        "handicap",
         "host_booked",
         "host_tokens",
         "key",
@@ -62,6 +63,7 @@ class Job:
 
         # Policy.
         self.key: tuple[float, ...] = ()  # where it stands in its queue
+        self.handicap = 0.0  # which of them that is, if its queue has handicaps
         self.level = 0
         self.attained = 0.0  # seconds of service it was charged for
         self.limit = 0.0  # what the policy noted of it when it came to its group

@@ -32,7 +32,8 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
     _promote(group, now, tell, counters)
-    if group.queue.may_resort() and group.policy.resort(now, len(group.waiting)):
+    group.policy.weigh(len(group.waiting))
+    if group.queue.may_resort() and group.policy.resort(now):
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
@@ -65,7 +66,7 @@ def _behind(group: Group, head: list[Job]) -> Iterator[Job]:
     if len(head) == len(group.queue):
         return
     seen = set(head)
-    yield from sorted((job for job in group.resident if job not in seen), key=lambda job: job.key)
+    yield from sorted((job for job in group.resident if job not in seen), key=group.queue.position)
 
 
 def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Protocol
 
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.job import Job
@@ -22,16 +22,32 @@ def class_rank(job: Job) -> int:
     return _CLASS_RANKS.get(job.spec.service_class, 1)
 
 
+class Handicaps(Protocol):
+    """Keys that are made up of a rank and of a handicap, whose worth may change at any time."""
+
+    def rank(self, job: Job) -> Key:
+        """Its position among the jobs of the same handicap, which does not change with time."""
+
+    def handicap(self, job: Job) -> float:
+        """How far it is put back; few different ones, for each has a queue of its own."""
+
+    def shifted(self, rank: Key, handicap: float) -> Key:
+        """The key that they make now. Of two jobs of one handicap, the smaller rank's is the
+        smaller."""
+
+
 class Policy(ABC):
     """Orders jobs by `key`, smallest first; keys of different jobs differ.
 
     A key depends on the job alone (its level, its place, whether it has a row) and only changes in
-    the calls below or when the job starts or stops, so that the jobs can be kept sorted.
+    the calls below or when the job starts or stops, so that the jobs can be kept sorted. Where keys
+    have `handicaps`, these may be worth more or less after every `weigh`.
     """
 
     name: ClassVar[str]
     preemptive: ClassVar[bool]  # a waiting job may take the row or the memory of a running one
     fair: ClassVar[bool] = False  # the tenants of a class share service, see `FairQueue`
+    handicaps: Handicaps | None = None  # what its keys are made up of
 
     def __init__(
         self,
@@ -73,11 +89,14 @@ class Policy(ABC):
     def leave(self, job: Job) -> None:  # noqa: B027  # most have nothing to do
         """The job is over or goes to another group."""
 
-    def resort(self, now: float, waiting: int) -> bool:
+    def weigh(self, waiting: int) -> None:  # noqa: B027  # most have no handicaps
+        """A plan is to be made, `waiting` jobs have no row: what are handicaps worth now?"""
+
+    def resort(self, now: float) -> bool:
         """Whether keys have changed as time went by: then the whole queue is sorted anew.
 
-        waiting: jobs without a row. Asked before every plan, of long queues only after many
-        changes (`FairQueue.may_resort`); should rarely say yes.
+        Asked before every plan, of long queues only after many changes
+        (`FairQueue.may_resort`); should rarely say yes.
         """
         return False
 

@@ -28,7 +28,7 @@ _LINEAR: Final = 2.5
 _FIRST_GUESS: Final = 256  # decode iterations of a job before any was seen to end
 _CLASS_LEVELS: Final = (-4, 0, 6)  # interactive, default, batch
 _NEWEST: Final = 0.01  # share of the newest job in the mean service
-_CHANGE: Final = 0.1  # relative change of the weight that makes sorting anew worth while
+_CHANGE: Final = 0.1  # a smaller relative change of the weight is not followed
 
 
 class FastServe(SkipJoinMlfq):
@@ -43,12 +43,23 @@ class FastServe(SkipJoinMlfq):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.handicaps = self
         self._service = _FIRST_GUESS * self.cost.decode_s
         self._weight = self._service
 
     def key(self, job: Job) -> Key:
-        handicap = job.level + _CLASS_LEVELS[class_rank(job)]
-        return (job.spec.priority, job.spec.arrival + self._weight * handicap, job.place)
+        return self.shifted(self.rank(job), self.handicap(job))
+
+    def rank(self, job: Job) -> Key:
+        return (job.spec.priority, job.spec.arrival, job.place)
+
+    def handicap(self, job: Job) -> float:
+        """In levels."""
+        return job.level + _CLASS_LEVELS[class_rank(job)]
+
+    def shifted(self, rank: Key, handicap: float) -> Key:
+        priority, arrival, place = rank
+        return (priority, arrival + self._weight * handicap, place)
 
     def promote(self, job: Job, now: float) -> bool:
         return False  # age is in the key
@@ -56,10 +67,8 @@ class FastServe(SkipJoinMlfq):
     def leave(self, job: Job) -> None:
         self._service += _NEWEST * (job.attained - self._service)
 
-    def resort(self, now: float, waiting: int) -> bool:
+    def weigh(self, waiting: int) -> None:
         backlog = waiting / self.rows
         weight = self._service * max(_AT_LEAST, min(_SQUARE * backlog**2, _LINEAR * backlog))
-        if abs(weight - self._weight) <= _CHANGE * self._weight:
-            return False
-        self._weight = weight
-        return True
+        if abs(weight - self._weight) > _CHANGE * self._weight:
+            self._weight = weight
