@@ -111,7 +111,7 @@ def test_a_gap_fails_the_job_alone() -> None:
     )
     (finished,) = progress.finished
     assert (finished.job_id, finished.reason) == ("a", FinishReason.FAILED)
-    assert [token.job_id for token in progress.tokens] == ["b"]
+    assert [job_id for job_id, _, _, _ in progress.tokens] == ["b"]
 
 
 def test_a_job_that_fails_in_the_worker() -> None:

@@ -98,11 +98,10 @@ class SimWorker:
         chunks: list[tuple[int, int]] = []
         rows: list[tuple[str, int, int]] = []
         sampled: list[tuple[str, int, int, FinishReason | None]] = []
-        decodes = decode_context = context = 0
+        decode_context = context = 0
         for held, most in self._rows:
             known, start = held.known, held.computed
             if known - start == 1:
-                decodes += 1
                 decode_context += known
                 end = known
             else:
@@ -114,6 +113,7 @@ class SimWorker:
             if end == known:
                 sampled.append((held.job_id, known - held.prompt, 0, None))
                 held.known = known + 1
+        decodes = len(rows) - len(chunks)
         seconds = self._hardware.iteration_s(chunks, decodes, decode_context)
         now += seconds
         report = Report(

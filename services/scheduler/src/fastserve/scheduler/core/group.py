@@ -63,6 +63,7 @@ class Group:
     cost: CostModel = field(init=False)
     policy: Policy = field(init=False)
     queue: FairQueue = field(init=False)
+    jobs: dict[str, Job] = field(default_factory=dict)  # those of the queue by id
     running: int = 0  # jobs with a row
     waiting: OrderedDict[Job, None] = field(default_factory=OrderedDict)
     #   those without a row that were not lifted for it, the longest waiting first
@@ -124,11 +125,13 @@ class Group:
         job.worker_id = self.info.worker_id
         self.policy.admit(job)
         self.queue.add(job)
+        self.jobs[job.job_id] = job
         self.waiting[job] = None
 
     def remove(self, job: Job) -> None:
         """It is over, or goes elsewhere."""
         self.queue.remove(job)
+        del self.jobs[job.job_id]
         self.policy.leave(job)
         job.row = None  # which holds the job
         self.running -= job.state is JobState.RUNNING
@@ -138,6 +141,7 @@ class Group:
     def start(self, job: Job) -> None:
         """It has a row from now on."""
         job.state = JobState.RUNNING
+        job.named = True
         self.running += 1
         self.waiting.pop(job, None)
         self.queue.start(job)
@@ -243,7 +247,6 @@ class Group:
         self.outstanding += lease
         for job, _ in rows:
             job.last_plan = self.plan_id
-            job.named = True
         return self.plan_id
 
     def reached(self, plan_id: int, iterations: int) -> None:

@@ -85,6 +85,7 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     group, rows, chosen = draft.group, draft.rows, draft.chosen
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
     on_host, on_device = KvState.HOST, KvState.DEVICE
+    newest, ahead, block_size = group.plan_id, group.outstanding + lease, group.info.block_size
     rows_left, tokens_left = group.max_rows, group.max_tokens
     partial_prefills = passed = 0
     behind = len(group.queue)
@@ -92,11 +93,16 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
         behind -= 1
         if job.op is not None or (passed > look_ahead and not job.booked):
             continue
-        need = need_of(job, lease)
+        known = job.prompt_len + len(job.output)
+        if job.last_plan == newest and job.kv is on_device:  # what `need` says, written out
+            reach = known + ahead
+            need = -(-(reach if reach < job.max_len else job.max_len) // block_size)
+        else:
+            need = need_of(job, lease)
         if (need > job.booked or job.kv is on_host) and not _has_room(draft, job, need, now):
             passed += 1
             continue
-        tokens = job.prompt_len + len(job.output) - job.computed
+        tokens = known - job.computed
         if tokens <= 1:  # 0: the worker is ahead of the tokens that it told
             tokens, row = 1, job.row or job.decode_row()
         else:

@@ -60,7 +60,7 @@ class Scheduler:
         self._places = itertools.count()
         self._finish_gap_s = 0.0  # average time between two ends
         self._last_finish: float | None = None
-        self._reader = ReportReader(self._jobs.get, self._end, self._tell, self.counters)
+        self._reader = ReportReader(self._end, self._tell, self.counters)
 
     # --- workers -----------------------------------------------------------------------------
 
@@ -341,6 +341,8 @@ def _check_group(group: Group) -> None:
         pending = group.pending(job)
         _demand(pending >= planned, f"{job}: pending {pending}, but {planned} planned")
         _demand((job in group.resident) == (job.kv is KvState.DEVICE), f"{job}: residence")
+        _demand(group.jobs.get(job.job_id) is job, f"{job} is not known by its id")
+    _demand(len(group.jobs) == len(jobs), f"{len(group.jobs)} jobs by id, not {len(jobs)}")
 
 
 def _demand(condition: bool, message: str) -> None:

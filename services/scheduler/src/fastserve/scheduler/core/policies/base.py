@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Final, Protocol
@@ -62,6 +63,7 @@ class Policy(ABC):
         self.config, self.cost = config, cost
         self.rows, self.budget = rows, budget
         self.next_place = place
+        self._unlimited = [math.inf] * config.levels
 
     @abstractmethod
     def key(self, job: Job) -> Key:
@@ -78,9 +80,12 @@ class Policy(ABC):
     def admit(self, job: Job) -> None:  # noqa: B027  # most have nothing to note
         """A job comes to this group, new or from elsewhere: note what its key needs."""
 
-    def charge(self, job: Job, seconds: float) -> bool:
-        """The job had so much service. True if its level or its place changed."""
-        return False
+    def limits(self) -> list[float]:
+        """By level, the seconds `used` in it at which a job sinks. Asked for once per iteration."""
+        return self._unlimited
+
+    def sink(self, job: Job) -> None:  # noqa: B027  # most have no limits
+        """It has reached the limit of its level: its key changes."""
 
     def promote(self, job: Job, now: float) -> bool:
         """Lift a waiting job that starves. Called for the longest waiting first, until False."""

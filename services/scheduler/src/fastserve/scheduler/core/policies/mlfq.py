@@ -47,13 +47,14 @@ class Mlfq(Promoting):
         return (self.config.quantum_s or self.cost.decode_s) * self._growth[level]
 
     def quanta(self) -> list[float]:
-        return [self.quantum(level) for level in range(self.config.levels)]
+        quantum = self.quantum(0)
+        return [quantum * growth for growth in self._growth]
 
-    def charge(self, job: Job, seconds: float) -> bool:
-        job.used += seconds
+    def limits(self) -> list[float]:
+        return self.quanta()
+
+    def sink(self, job: Job) -> None:
         quantum = self.quantum(job.level)
-        if job.used < quantum:
-            return False
         last = self.config.levels - 1
         if self.config.demotion is Demotion.ONE_LEVEL:
             job.level, job.used = min(job.level + 1, last), 0.0
@@ -66,7 +67,6 @@ class Mlfq(Promoting):
             quantum = self.quantum(job.level)
         job.place = self.next_place()
         self.settle(job)
-        return True
 
 
 class SkipJoinMlfq(Mlfq):
