@@ -32,6 +32,7 @@ class SentPlan:
     plan_id: int
     lease_left: int
     rows: list[PlanRow]
+    jobs: set[Job]  # of the rows
 
 
 @dataclass(slots=True)
@@ -240,12 +241,12 @@ class Group:
             op.kind is KvOpKind.RELEASE and op.job_id == job_id for op in self.ops.values()
         )
 
-    def send(self, lease: int, rows: list[PlanRow]) -> int:
-        """Note a plan that goes out; returns its id. Its rows are booked already."""
+    def send(self, lease: int, rows: list[PlanRow], jobs: set[Job]) -> int:
+        """Note a plan that goes out, with its jobs; returns its id. Its rows are booked already."""
         self.plan_id += 1
-        self.plans.append(SentPlan(self.plan_id, lease, rows))
+        self.plans.append(SentPlan(self.plan_id, lease, rows, jobs))
         self.outstanding += lease
-        for job, _ in rows:
+        for job in jobs:
             job.last_plan = self.plan_id
         return self.plan_id
 
@@ -262,6 +263,8 @@ class Group:
     def _unplan(self, plan: SentPlan) -> None:
         """It is over. Jobs of newer plans are booked anew with the next one."""
         self.outstanding -= plan.lease_left
+        if self.plans and plan.jobs <= self.plans[0].jobs:
+            return
         for job, _ in plan.rows:
             if job.last_plan == plan.plan_id and job.live:
                 self.book(job)

@@ -47,13 +47,14 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     _stop_others(draft, now, tell, counters)
     running = JobState.RUNNING
     for job, _ in draft.rows:
+        job.sunk = False
         if job.state is not running:
             group.start(job)
             tell(job, EventKind.STARTED, now)
     if not draft.ops and _goes_on(group, draft.rows):
         return None
     lease = group.config.lease
-    return Plan(group.send(lease, draft.rows), lease, draft.rows, draft.ops)
+    return Plan(group.send(lease, draft.rows, draft.chosen), lease, draft.rows, draft.ops)
 
 
 def _head(group: Group) -> list[Job]:
@@ -159,9 +160,9 @@ def _settle(group: Group, job: Job) -> None:
 def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -> None:
     """Jobs of the last plan that have no row any more are preempted."""
     group = draft.group
-    if not group.plans:
-        return
     chosen = draft.chosen
+    if not group.plans or group.plans[-1].jobs <= chosen:
+        return
     for job, _ in group.plans[-1].rows:
         if job in chosen or job.state is not JobState.RUNNING:
             continue
@@ -173,8 +174,6 @@ def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -
         counters[f"preemptions.{reason}.{mode}"] += 1
         group.stop(job, now)
         tell(job, EventKind.PREEMPTED, now)
-    for job in chosen:
-        job.sunk = False
 
 
 def _goes_on(group: Group, rows: list[PlanRow]) -> bool:

@@ -101,15 +101,16 @@ class RunQueue:
 
 
 class HandicapQueue:
-    """Jobs by rank and handicap, when what a handicap is worth changes all the time.
+    """Jobs by rank and handicap, where what a handicap is worth may change at any time.
 
-    Those of one handicap keep their order, whatever it is worth. Each has a queue of its own, and a
-    walk merges their fronts with what the handicaps are worth now: nothing is ever sorted anew.
+    Jobs of one handicap keep their order, whatever it is worth. So each handicap has a queue of its
+    own, and a walk merges the fronts of these with what they are worth now: nothing is ever sorted
+    anew.
     """
 
     def __init__(self, handicaps: Handicaps) -> None:
         self._handicap, self._rank = handicaps.handicap, handicaps.rank
-        self._shifted = handicaps.shifted
+        self._worth = handicaps.worth
         self._queues: dict[float, RunQueue] = {}
         self._size = 0
 
@@ -128,28 +129,29 @@ class HandicapQueue:
         return list(islice(self, count))
 
     def _merged(self) -> Iterator[Job]:
-        shifted = self._shifted
-        fronts: list[tuple[Key, float, Job, Iterator[Job]]] = []
+        fronts: list[tuple[float, float, float, float, Job, Iterator[Job]]] = []
         for handicap, queue in self._queues.items():
             jobs = iter(queue)
-            job = next(jobs)
-            fronts.append((shifted(job.key, handicap), handicap, job, jobs))
+            worth = self._worth(handicap)
+            for job in jobs:
+                priority, at, place = job.key
+                fronts.append((priority, at + worth, place, worth, job, jobs))
+                break
         heapq.heapify(fronts)
-        while len(fronts) > 1:
-            _, handicap, job, jobs = fronts[0]
+        while fronts:
+            _, _, _, worth, job, jobs = fronts[0]
             yield job
             for job in jobs:
-                heapq.heapreplace(fronts, (shifted(job.key, handicap), handicap, job, jobs))
+                priority, at, place = job.key
+                heapq.heapreplace(fronts, (priority, at + worth, place, worth, job, jobs))
                 break
             else:
                 heapq.heappop(fronts)
-        for _, _, job, jobs in fronts:  # the last one
-            yield job
-            yield from jobs
 
     def position(self, job: Job) -> Key:
         """By what it compares with others, of other queues of the kind as well."""
-        return self._shifted(job.key, job.handicap)
+        priority, at, place = job.key
+        return (priority, at + self._worth(job.handicap), place)
 
     def add(self, job: Job) -> None:
         self._size += 1

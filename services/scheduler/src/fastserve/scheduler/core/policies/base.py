@@ -24,17 +24,17 @@ def class_rank(job: Job) -> int:
 
 
 class Handicaps(Protocol):
-    """Keys that are made up of a rank and of a handicap, whose worth may change at any time."""
+    """Makes keys of a priority, a moment, a handicap and a place: jobs go by priority, then by the
+    moment plus what the handicap is worth, which may change at any time; the place breaks ties."""
 
-    def rank(self, job: Job) -> Key:
-        """Its position among the jobs of the same handicap, which does not change with time."""
+    def rank(self, job: Job) -> tuple[float, float, float]:
+        """Priority, moment and place: the order of the jobs of one handicap."""
 
     def handicap(self, job: Job) -> float:
         """How far it is put back; few different ones, for each has a queue of its own."""
 
-    def shifted(self, rank: Key, handicap: float) -> Key:
-        """The key that they make now. Of two jobs of one handicap, the smaller rank's is the
-        smaller."""
+    def worth(self, handicap: float) -> float:
+        """Seconds that a handicap stands for now."""
 
 
 class Policy(ABC):

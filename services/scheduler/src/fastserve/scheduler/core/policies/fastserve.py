@@ -48,18 +48,18 @@ class FastServe(SkipJoinMlfq):
         self._weight = self._service
 
     def key(self, job: Job) -> Key:
-        return self.shifted(self.rank(job), self.handicap(job))
+        priority, arrival, place = self.rank(job)
+        return (priority, arrival + self.worth(self.handicap(job)), place)
 
-    def rank(self, job: Job) -> Key:
+    def rank(self, job: Job) -> tuple[float, float, float]:
         return (job.spec.priority, job.spec.arrival, job.place)
 
     def handicap(self, job: Job) -> float:
         """In levels."""
         return job.level + _CLASS_LEVELS[class_rank(job)]
 
-    def shifted(self, rank: Key, handicap: float) -> Key:
-        priority, arrival, place = rank
-        return (priority, arrival + self._weight * handicap, place)
+    def worth(self, handicap: float) -> float:
+        return self._weight * handicap
 
     def promote(self, job: Job, now: float) -> bool:
         return False  # age is in the key
