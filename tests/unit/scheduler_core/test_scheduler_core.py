@@ -97,7 +97,7 @@ def test_a_token_twice_is_dropped() -> None:
     rig.plan()
     first = rig.scheduler.on_report("w", report_of(rig, SampledToken("a", 0, 5)), 0.01)
     again = rig.scheduler.on_report("w", report_of(rig, SampledToken("a", 0, 5), iteration=2), 0.02)
-    assert [token.token for token in first.tokens] == [5]
+    assert [token for _, _, token, _ in first.tokens] == [5]
     assert again.tokens == [] and rig.job("a").output == [5]
 
 
