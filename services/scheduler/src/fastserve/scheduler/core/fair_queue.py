@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Final
 
@@ -206,8 +206,14 @@ class FairQueue:
         return HandicapQueue(self._handicaps)
 
     def position(self, job: Job) -> Key:
-        """By what it compares with the others while nothing is shared."""
+        """Its key."""
         return job.lane.jobs.position(job)
+
+    def positions(self, jobs: Iterable[Job]) -> list[tuple[Key, Job]]:
+        """Jobs with their keys."""
+        if self._handicaps is None:
+            return [(job.key, job) for job in jobs]
+        return [(self.position(job), job) for job in jobs]
 
     def remove(self, job: Job) -> None:
         self._size -= 1
@@ -227,7 +233,8 @@ class FairQueue:
         """What its key depends on has changed."""
         self._changes += 1
         job.lane.jobs.update(job)
-        self._count_lifted(job, lifted=job.boosted)
+        if job.boosted or self._lifted:
+            self._count_lifted(job, lifted=job.boosted)
 
     def _count_lifted(self, job: Job, *, lifted: bool) -> None:
         if lifted is not (job in self._lifted):

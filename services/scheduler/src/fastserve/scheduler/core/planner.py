@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -63,11 +64,14 @@ def _head(group: Group) -> list[Job]:
 
 
 def _behind(group: Group, head: list[Job]) -> Iterator[Job]:
-    """Whoever can run without moving, by key; only sorted out if the head leaves rows."""
+    """Whoever can run without moving, by key; only looked for if the head leaves rows."""
     if len(head) == len(group.queue):
         return
     seen = set(head)
-    yield from sorted((job for job in group.resident if job not in seen), key=group.queue.position)
+    rest = group.queue.positions(job for job in group.resident if job not in seen)
+    heapq.heapify(rest)  # few of them will be needed
+    while rest:
+        yield heapq.heappop(rest)[1]
 
 
 def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> None:

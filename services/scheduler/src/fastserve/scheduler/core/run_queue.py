@@ -57,10 +57,10 @@ class RunQueue:
         assert jobs[place] is job
         del keys[place], jobs[place]
         self._size -= 1
-        if keys:
-            self._last[at] = keys[-1]
-        else:
+        if not keys:
             del self._runs[at], self._last[at]
+        elif place == len(keys):
+            self._last[at] = keys[-1]
 
     def update(self, job: Job) -> None:
         """What its key depends on may have changed."""
@@ -76,7 +76,10 @@ class RunQueue:
             self._runs.append(([key], [job]))
             self._last.append(key)
             return
-        at = min(bisect_left(self._last, key), len(self._runs) - 1)
+        at = bisect_left(self._last, key)
+        if at == len(self._last):  # behind all
+            at -= 1
+            self._last[at] = key
         keys, jobs = self._runs[at]
         place = bisect_left(keys, key)
         keys.insert(place, key)
@@ -85,8 +88,6 @@ class RunQueue:
             half = len(keys) // 2
             self._runs[at : at + 1] = [(keys[:half], jobs[:half]), (keys[half:], jobs[half:])]
             self._last[at : at + 1] = [keys[half - 1], keys[-1]]
-        else:
-            self._last[at] = keys[-1]
 
     def resort(self) -> None:
         """All keys may have changed."""

@@ -16,6 +16,7 @@ Key = tuple[float, ...]
 
 # Lower is sooner. A class that is not listed counts as the middle one.
 _CLASS_RANKS: Final = {"interactive": 0, "default": 1, "batch": 2}
+CLASSES: Final = len(_CLASS_RANKS)
 
 
 def class_rank(job: Job) -> int:
