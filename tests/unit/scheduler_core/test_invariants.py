@@ -113,12 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.add_worker(info, Inventory(), self.now)
 
     def _absorb(self, progress: Progress) -> None:
-        for token in progress.tokens:
-            output = self.output[token.job_id]
-            assert token.job_id not in self.ended
-            assert token.index == len(output), "a token lost or repeated"
-            assert token.token == token_of(token.job_id, token.index), "a token of another job"
-            output.append(token.token)
+        for job_id, index, token, _ in progress.tokens:
+            output = self.output[job_id]
+            assert job_id not in self.ended
+            assert index == len(output), "a token lost or repeated"
+            assert token == token_of(job_id, index), "a token of another job"
+            output.append(token)
         for finished in progress.finished:
             assert finished.job_id not in self.ended, "ended twice"
             self.ended[finished.job_id] = finished.reason

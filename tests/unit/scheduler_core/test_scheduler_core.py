@@ -97,7 +97,7 @@ def test_a_token_twice_is_dropped() -> None:
     rig.plan()
     first = rig.scheduler.on_report("w", report_of(rig, SampledToken("a", 0, 5)), 0.01)
     again = rig.scheduler.on_report("w", report_of(rig, SampledToken("a", 0, 5), iteration=2), 0.02)
-    assert [token.token for token in first.tokens] == [5]
+    assert [token for _, _, token, _ in first.tokens] == [5]
     assert again.tokens == [] and rig.job("a").output == [5]
 
 
@@ -111,7 +111,7 @@ def test_a_gap_fails_the_job_alone() -> None:
     )
     (finished,) = progress.finished
     assert (finished.job_id, finished.reason) == ("a", FinishReason.FAILED)
-    assert [token.job_id for token in progress.tokens] == ["b"]
+    assert [job_id for job_id, _, _, _ in progress.tokens] == ["b"]
 
 
 def test_a_job_that_fails_in_the_worker() -> None:

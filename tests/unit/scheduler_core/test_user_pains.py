@@ -66,7 +66,7 @@ def test_long_prefills_at_a_time_are_limited(limit: int) -> None:  # vllm #57413
             assert len(partial) <= limit
         progress = rig.step()
         assert progress is not None
-        answered += "answering" in {token.job_id for token in progress.tokens}
+        answered += "answering" in {job_id for job_id, _, _, _ in progress.tokens}
     assert answered == 8, "decodes go on beside the prefills"
 
 

@@ -98,22 +98,23 @@ class SimWorker:
         chunks: list[tuple[int, int]] = []
         rows: list[tuple[str, int, int]] = []
         sampled: list[tuple[str, int, int, FinishReason | None]] = []
-        decodes = decode_context = context = 0
+        decode_context = context = 0
         for held, most in self._rows:
             known, start = held.known, held.computed
             if known - start == 1:
-                decodes += 1
-                decode_context += known
                 end = known
+                decode_context += known
+                rows.append((held.job_id, 1, known))
             else:
                 end = min(start + most, known)
                 chunks.append((start, end))
                 context += end
+                rows.append((held.job_id, end - start, end))
             held.computed = end
-            rows.append((held.job_id, end - start, end))
             if end == known:
                 sampled.append((held.job_id, known - held.prompt, 0, None))
                 held.known = known + 1
+        decodes = len(rows) - len(chunks)
         seconds = self._hardware.iteration_s(chunks, decodes, decode_context)
         now += seconds
         report = Report(

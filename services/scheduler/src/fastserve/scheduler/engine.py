@@ -180,13 +180,13 @@ class Engine:
         self._settle()
 
     def _absorb(self, progress: Progress, logprobs: dict[int, TokenLogprobs], now: float) -> None:
-        for token in progress.tokens:
-            record = self._jobs.get(token.job_id)
+        for job_id, index, _, position in progress.tokens:
+            record = self._jobs.get(job_id)
             assert record is not None
-            if token.sampled_position in logprobs:
-                record.logprobs[token.index] = logprobs[token.sampled_position]
-            if token.index == 0:
-                self._traces.first_token(token.job_id, now)
+            if position in logprobs:
+                record.logprobs[index] = logprobs[position]
+            if index == 0:
+                self._traces.first_token(job_id, now)
             self._journal.mark(record)
         for finished in progress.finished:
             self._end_job(finished.job_id, finished.reason, finished.error, now)

@@ -13,7 +13,6 @@ from fastserve.scheduler.core.errors import (
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.scheduler import Scheduler
 from fastserve.scheduler.core.types import (
-    AcceptedToken,
     CostSample,
     Demotion,
     Event,
@@ -44,7 +43,6 @@ from fastserve.scheduler.core.types import (
 )
 
 __all__ = [
-    "AcceptedToken",
     "CoreError",
     "CostModel",
     "CostSample",

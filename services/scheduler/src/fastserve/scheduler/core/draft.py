@@ -35,10 +35,10 @@ class Draft:
     def place(self, job: Job) -> Key:
         """Where a job stands: the smaller, the earlier. Who is not in the head comes after it."""
         if not self.group.queue.shared:
-            return job.key
+            return self.group.queue.position(job)
         if not self.ranks:
             self.ranks = {job: rank for rank, job in enumerate(self.head)}
-        return (self.ranks.get(job, len(self.head)), *job.key)
+        return (self.ranks.get(job, len(self.head)), *self.group.queue.position(job))
 
     def spare(self, *, resident: bool = False) -> int:
         """Device blocks for whoever comes next in the order.

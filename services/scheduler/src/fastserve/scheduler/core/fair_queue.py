@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Final
 
 from fastserve.scheduler.core.errors import IntegrityError
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key, class_rank
-from fastserve.scheduler.core.run_queue import RunQueue
+from fastserve.scheduler.core.policies.base import Handicaps, Key, class_rank
+from fastserve.scheduler.core.run_queue import HandicapQueue, RunQueue
 from fastserve.scheduler.core.types import JobState
 
 # Service that a row handed out stands for, at weight 1.
@@ -36,9 +36,9 @@ class Lane:
 
     __slots__ = ("attained", "home", "jobs", "number", "running")
 
-    def __init__(self, home: tuple[int, str], key: Callable[[Job], Key], number: int) -> None:
+    def __init__(self, home: tuple[int, str], jobs: RunQueue | HandicapQueue, number: int) -> None:
         self.home = home  # rank of the class, tenant
-        self.jobs = RunQueue(key)
+        self.jobs = jobs
         self.number = number  # breaks ties
         self.attained = 0.0  # seconds of service by weight, while it competed
         self.running = 0  # jobs with a row
@@ -129,9 +129,13 @@ class FairQueue:
     gets more than a share by it.
     """
 
-    def __init__(self, key: Callable[[Job], Key], *, fair: bool) -> None:
-        """fair: share between tenants; else all jobs stand in one lane."""
+    def __init__(
+        self, key: Callable[[Job], Key], *, fair: bool, handicaps: Handicaps | None = None
+    ) -> None:
+        """fair: share between tenants; else all jobs stand in one lane. handicaps: what makes up
+        the keys, if they change with time."""
         self._key = key
+        self._handicaps = handicaps
         self._fair = fair
         self._lanes: dict[tuple[int, str], Lane] = {}
         self._classes: dict[int, _Tenants] = {}
@@ -169,7 +173,7 @@ class FairQueue:
         for tenants in self._classes.values():
             jobs = iter(tenants)
             job = next(jobs)
-            ahead.append((not tenants.lifted, job.key, job, tenants.lifted, jobs))
+            ahead.append((not tenants.lifted, self.position(job), job, tenants.lifted, jobs))
         while ahead:
             best = min(ahead)
             _, _, job, lifted, jobs = best
@@ -179,7 +183,8 @@ class FairQueue:
             if following is None:
                 ahead.remove(best)
             else:
-                ahead[ahead.index(best)] = (not lifted, following.key, following, lifted, jobs)
+                key = self.position(following)
+                ahead[ahead.index(best)] = (not lifted, key, following, lifted, jobs)
 
     def add(self, job: Job) -> None:
         """A job without a row."""
@@ -189,11 +194,26 @@ class FairQueue:
         lane = self._lanes.get(home)
         if lane is None:
             self._numbers += 1
-            lane = self._lanes[home] = Lane(home, self._key, self._numbers)
+            lane = self._lanes[home] = Lane(home, self._new_queue(), self._numbers)
             self._classes.setdefault(home[0], _Tenants()).enter(lane)
         job.lane = lane
         lane.jobs.add(job)
         self._count_lifted(job, lifted=job.boosted)
+
+    def _new_queue(self) -> RunQueue | HandicapQueue:
+        if self._handicaps is None:
+            return RunQueue(self._key)
+        return HandicapQueue(self._handicaps)
+
+    def position(self, job: Job) -> Key:
+        """Its key."""
+        return job.lane.jobs.position(job)
+
+    def positions(self, jobs: Iterable[Job]) -> list[tuple[Key, Job]]:
+        """Jobs with their keys."""
+        if self._handicaps is None:
+            return [(job.key, job) for job in jobs]
+        return [(self.position(job), job) for job in jobs]
 
     def remove(self, job: Job) -> None:
         self._size -= 1
@@ -213,7 +233,8 @@ class FairQueue:
         """What its key depends on has changed."""
         self._changes += 1
         job.lane.jobs.update(job)
-        self._count_lifted(job, lifted=job.boosted)
+        if job.boosted or self._lifted:
+            self._count_lifted(job, lifted=job.boosted)
 
     def _count_lifted(self, job: Job, *, lifted: bool) -> None:
         if lifted is not (job in self._lifted):
@@ -261,7 +282,7 @@ class FairQueue:
         """Raises `IntegrityError` if a lane is out of order or its counts are wrong."""
         for lane in self._lanes.values():
             keys = [self._key(job) for job in lane.jobs]
-            if keys != sorted(keys) or keys != [job.key for job in lane.jobs]:
+            if keys != sorted(keys) or keys != [self.position(job) for job in lane.jobs]:
                 raise IntegrityError("a queue is out of order")
             running = sum(job.state is JobState.RUNNING for job in lane.jobs)
             if lane.running != running or not lane.jobs:

@@ -32,6 +32,7 @@ class SentPlan:
     plan_id: int
     lease_left: int
     rows: list[PlanRow]
+    jobs: set[Job]  # of the rows
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class Group:
     cost: CostModel = field(init=False)
     policy: Policy = field(init=False)
     queue: FairQueue = field(init=False)
+    jobs: dict[str, Job] = field(default_factory=dict)  # those of the queue by id
     running: int = 0  # jobs with a row
     waiting: OrderedDict[Job, None] = field(default_factory=OrderedDict)
     #   those without a row that were not lifted for it, the longest waiting first
@@ -92,7 +94,11 @@ class Group:
             budget=self.max_tokens,
             place=self.next_place,
         )
-        self.queue = FairQueue(self.policy.key, fair=config.fair_sharing and self.policy.fair)
+        self.queue = FairQueue(
+            self.policy.key,
+            fair=config.fair_sharing and self.policy.fair,
+            handicaps=self.policy.handicaps,
+        )
 
     @property
     def max_rows(self) -> int:
@@ -121,11 +127,13 @@ class Group:
         job.worker_id = self.info.worker_id
         self.policy.admit(job)
         self.queue.add(job)
+        self.jobs[job.job_id] = job
         self.waiting[job] = None
 
     def remove(self, job: Job) -> None:
         """It is over, or goes elsewhere."""
         self.queue.remove(job)
+        del self.jobs[job.job_id]
         self.policy.leave(job)
         job.row = None  # which holds the job
         self.running -= job.state is JobState.RUNNING
@@ -135,6 +143,7 @@ class Group:
     def start(self, job: Job) -> None:
         """It has a row from now on."""
         job.state = JobState.RUNNING
+        job.named = True
         self.running += 1
         self.waiting.pop(job, None)
         self.queue.start(job)
@@ -233,14 +242,13 @@ class Group:
             op.kind is KvOpKind.RELEASE and op.job_id == job_id for op in self.ops.values()
         )
 
-    def send(self, lease: int, rows: list[PlanRow]) -> int:
-        """Note a plan that goes out; returns its id. Its rows are booked already."""
+    def send(self, lease: int, rows: list[PlanRow], jobs: set[Job]) -> int:
+        """Note a plan that goes out, with its jobs; returns its id. Its rows are booked already."""
         self.plan_id += 1
-        self.plans.append(SentPlan(self.plan_id, lease, rows))
+        self.plans.append(SentPlan(self.plan_id, lease, rows, jobs))
         self.outstanding += lease
-        for job, _ in rows:
+        for job in jobs:
             job.last_plan = self.plan_id
-            job.named = True
         return self.plan_id
 
     def reached(self, plan_id: int, iterations: int) -> None:
@@ -256,6 +264,8 @@ class Group:
     def _unplan(self, plan: SentPlan) -> None:
         """It is over. Jobs of newer plans are booked anew with the next one."""
         self.outstanding -= plan.lease_left
+        if self.plans and plan.jobs <= self.plans[0].jobs:
+            return
         for job, _ in plan.rows:
             if job.last_plan == plan.plan_id and job.live:
                 self.book(job)

@@ -23,9 +23,9 @@ class Job:
         "boosted",
         "computed",
         "drops",
+        "handicap",
         "host_booked",
         "host_tokens",
-        "joined",
         "key",
         "kv",
         "lane",
@@ -34,6 +34,7 @@ class Job:
         "limit",
         "max_len",
         "named",
+        "newcomer",
         "op",
         "output",
         "peak",
@@ -63,8 +64,9 @@ class Job:
 
         # Policy.
         self.key: tuple[float, ...] = ()  # where it stands in its queue
+        self.handicap: tuple[int, ...] = ()  # which of them that is, if its queue has handicaps
         self.level = 0
-        self.joined = -1  # the level it began at, if the policy asks for that
+        self.newcomer = False  # has not used its first quantum up, if the policy asks for that
         self.attained = 0.0  # seconds of service it was charged for
         self.limit = 0.0  # what the policy noted of it when it came to its group
         self.used = 0.0  # seconds of the quantum of its level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -32,7 +33,8 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
     _promote(group, now, tell, counters)
-    if group.queue.may_resort() and group.policy.resort(now, *group.left):
+    group.policy.weigh(now, *group.left)
+    if group.queue.may_resort() and group.policy.resort(now):
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
@@ -46,6 +48,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     _stop_others(draft, now, tell, counters)
     running = JobState.RUNNING
     for job, _ in draft.rows:
+        job.sunk = False
         if job.state is not running:
             group.start(job)
             tell(job, EventKind.STARTED, now)
@@ -53,7 +56,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     if not draft.ops and _goes_on(group, draft.rows):
         return None
     lease = group.config.lease
-    return Plan(group.send(lease, draft.rows), lease, draft.rows, draft.ops)
+    return Plan(group.send(lease, draft.rows, draft.chosen), lease, draft.rows, draft.ops)
 
 
 def _head(group: Group) -> list[Job]:
@@ -62,11 +65,14 @@ def _head(group: Group) -> list[Job]:
 
 
 def _behind(group: Group, head: list[Job]) -> Iterator[Job]:
-    """Whoever can run without moving, by key; only sorted out if the head leaves rows."""
+    """Whoever can run without moving, by key; only looked for if the head leaves rows."""
     if len(head) == len(group.queue):
         return
     seen = set(head)
-    yield from sorted((job for job in group.resident if job not in seen), key=lambda job: job.key)
+    rest = group.queue.positions(job for job in group.resident if job not in seen)
+    heapq.heapify(rest)  # few of them will be needed
+    while rest:
+        yield heapq.heappop(rest)[1]
 
 
 def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> None:
@@ -85,18 +91,24 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     group, rows, chosen = draft.group, draft.rows, draft.chosen
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
     on_host, on_device = KvState.HOST, KvState.DEVICE
-    rows_left, tokens_left = group.policy.limits(len(group.waiting))
+    newest, ahead, block_size = group.plan_id, group.outstanding + lease, group.info.block_size
+    rows_left, tokens_left = group.policy.size(len(group.waiting))
     partial_prefills = passed = 0
     behind = len(group.queue)
     for job in order:
         behind -= 1
         if job.op is not None or (passed > look_ahead and not job.booked):
             continue
-        need = need_of(job, lease)
+        known = job.prompt_len + len(job.output)
+        if job.last_plan == newest and job.kv is on_device:  # what `need` says, written out
+            reach = known + ahead
+            need = -(-(reach if reach < job.max_len else job.max_len) // block_size)
+        else:
+            need = need_of(job, lease)
         if (need > job.booked or job.kv is on_host) and not _has_room(draft, job, need, now):
             passed += 1
             continue
-        tokens = job.prompt_len + len(job.output) - job.computed
+        tokens = known - job.computed
         if tokens <= 1:  # 0: the worker is ahead of the tokens that it told
             tokens, row = 1, job.row or job.decode_row()
         else:
@@ -153,9 +165,9 @@ def _settle(group: Group, job: Job) -> None:
 def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -> None:
     """Jobs of the last plan that have no row any more are preempted."""
     group = draft.group
-    if not group.plans:
-        return
     chosen = draft.chosen
+    if not group.plans or group.plans[-1].jobs <= chosen:
+        return
     for job, _ in group.plans[-1].rows:
         if job in chosen or job.state is not JobState.RUNNING:
             continue
@@ -167,8 +179,6 @@ def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -
         counters[f"preemptions.{reason}.{mode}"] += 1
         group.stop(job, now)
         tell(job, EventKind.PREEMPTED, now)
-    for job in chosen:
-        job.sunk = False
 
 
 def _goes_on(group: Group, rows: list[PlanRow]) -> bool:

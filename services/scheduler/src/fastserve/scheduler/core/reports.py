@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 
 from fastserve.scheduler.core.cost_model import CostModel, Work, chunk, work_of
 from fastserve.scheduler.core.errors import ProtocolError
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.types import (
-    AcceptedToken,
     EventKind,
     Finished,
     FinishReason,
@@ -26,20 +24,15 @@ from fastserve.scheduler.core.types import (
 # A host that refused blocks which were counted as free is left alone for so long.
 _HOST_PAUSE_S = 1.0
 
-# One per row and iteration: not by the slower way through the class.
-_ACCEPTED = partial(tuple.__new__, AcceptedToken)
-
 Tell = Callable[[Job, EventKind, float], None]
 End = Callable[[Job, FinishReason, float], None]
 
 
 class ReportReader:
-    """Applies reports of any group. `find` gives the live job of an id; `end` ends a job."""
+    """Applies reports of any group. `end` ends a job."""
 
-    def __init__(
-        self, find: Callable[[str], Job | None], end: End, tell: Tell, counters: Counter[str]
-    ) -> None:
-        self._find, self._end, self._tell, self._counters = find, end, tell, counters
+    def __init__(self, end: End, tell: Tell, counters: Counter[str]) -> None:
+        self._end, self._tell, self._counters = end, tell, counters
 
     def apply(self, group: Group, report: Report, now: float) -> Progress:
         """Raises `ProtocolError` for what the worker cannot have seen; nothing has changed then."""
@@ -69,11 +62,12 @@ class ReportReader:
         work = work_of(report.rows)
         group.cost.observe(work, report.seconds)
         share = _Share(group.cost, work, report.seconds)
-        find, worker_id, charge = self._find, group.info.worker_id, group.policy.charge
+        # Everything that a decode comes by on its way is a local: one per row and iteration.
+        find, policy, limits = group.jobs.get, group.policy, group.policy.limits()
         drop_device, decode_s, shared = KvOpKind.DROP_DEVICE, share.decode, group.queue.shared
         for job_id, new_tokens, computed in report.rows:
             job = find(job_id)
-            if job is None or job.worker_id != worker_id:
+            if job is None:
                 continue
             if computed > job.peak:
                 again = job.peak - (computed - new_tokens)
@@ -89,32 +83,35 @@ class ReportReader:
             job.attained += seconds
             if shared:
                 group.queue.charge(job, seconds)
+            job.used = used = job.used + seconds
             level = job.level
-            if charge(job, seconds):
+            if used >= limits[level]:
+                policy.sink(job)
                 job.sunk = True
                 group.queue.update(job)
                 if job.level != level:
                     self._tell(job, EventKind.DEMOTED, now)
 
     def _tokens(self, group: Group, report: Report, progress: Progress, now: float) -> None:
-        find, worker_id, tokens = self._find, group.info.worker_id, progress.tokens
+        find, tokens = group.jobs.get, progress.tokens
         for position, (job_id, index, token, finish) in enumerate(report.sampled):
             job = find(job_id)
-            if job is None or job.worker_id != worker_id:
+            if job is None:
                 continue
             output = job.output
-            if index > len(output):
-                text = f"the worker left out tokens {len(output)} to {index - 1}"
+            length = len(output)
+            if index == length:
+                output.append(token)
+                length += 1
+                tokens.append((job_id, index, token, position))
+            elif index > length:
+                text = f"the worker left out tokens {length} to {index - 1}"
                 self._finish(group, job_id, FinishReason.FAILED, text, progress, now)
                 continue
-            if index == len(output):
-                output.append(token)
-                tokens.append(_ACCEPTED((job_id, index, token, position)))
-            reason = finish
-            if reason is None and job.prompt_len + len(output) >= job.max_len:
-                reason = FinishReason.LENGTH
-            if reason is not None:
-                self._finish(group, job_id, reason, "", progress, now)
+            if finish is not None:
+                self._finish(group, job_id, finish, "", progress, now)
+            elif job.prompt_len + length >= job.max_len:
+                self._finish(group, job_id, FinishReason.LENGTH, "", progress, now)
 
     def _finish(
         self,
@@ -125,14 +122,10 @@ class ReportReader:
         progress: Progress,
         now: float,
     ) -> None:
-        job = self._of_group(group, job_id)
+        job = group.jobs.get(job_id)
         if job is not None:
             self._end(job, reason, now)
             progress.finished.append(Finished(job_id, reason, error))
-
-    def _of_group(self, group: Group, job_id: str) -> Job | None:
-        job = self._find(job_id)
-        return job if job is not None and job.worker_id == group.info.worker_id else None
 
     # --- KV operations -----------------------------------------------------------------------
 
@@ -141,7 +134,7 @@ class ReportReader:
         if op.leftover is not None:
             group.device_used -= op.leftover.device
             group.host_used -= op.leftover.host
-            came_back = self._of_group(group, op.job_id)
+            came_back = group.jobs.get(op.job_id)
             if came_back is not None:
                 came_back.op = None
             return

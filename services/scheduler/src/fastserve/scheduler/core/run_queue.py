@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key
+from fastserve.scheduler.core.policies.base import Handicap, Handicaps, Key
 
-_Entry = tuple[Key, Job]
-_LONGEST = 512  # entries of a run
+_LONGEST = 512  # jobs of a run
 
 
 class RunQueue:
@@ -21,7 +22,7 @@ class RunQueue:
 
     def __init__(self, key: Callable[[Job], Key]) -> None:
         self._key = key
-        self._runs: list[list[_Entry]] = []
+        self._runs: list[tuple[list[Key], list[Job]]] = []  # keys beside jobs: quick to compare
         self._last: list[Key] = []  # the largest key of each run
         self._size = 0
 
@@ -30,59 +31,157 @@ class RunQueue:
 
     def __iter__(self) -> Iterator[Job]:
         """Best first. The queue must not change while it is walked."""
-        for run in self._runs:
-            for _, job in run:
-                yield job
+        for _, jobs in self._runs:
+            yield from jobs
 
     def first(self, count: int) -> list[Job]:
         """The best so many, or all if there are fewer."""
-        jobs: list[Job] = []
-        for run in self._runs:
-            jobs += [job for _, job in run[: count - len(jobs)]]
-            if len(jobs) == count:
+        best: list[Job] = []
+        for _, jobs in self._runs:
+            best += jobs[: count - len(best)]
+            if len(best) == count:
                 break
-        return jobs
+        return best
+
+    def position(self, job: Job) -> Key:
+        """By what it compares with others, of other queues of the kind as well."""
+        return job.key
 
     def add(self, job: Job) -> None:
-        job.key = key = self._key(job)
-        self._size += 1
-        if not self._runs:
-            self._runs.append([(key, job)])
-            self._last.append(key)
-            return
-        at = min(bisect_left(self._last, key), len(self._runs) - 1)
-        run = self._runs[at]
-        insort(run, (key, job))
-        if len(run) > _LONGEST:
-            half = len(run) // 2
-            self._runs[at : at + 1] = [run[:half], run[half:]]
-            self._last[at : at + 1] = [run[half - 1][0], run[-1][0]]
-        else:
-            self._last[at] = run[-1][0]
+        self._insert(job, self._key(job))
 
     def remove(self, job: Job) -> None:
         at = bisect_left(self._last, job.key)
-        run = self._runs[at]
-        place = bisect_left(run, (job.key,))  # shorter than the entry: sorts right before it
-        assert run[place][1] is job
-        del run[place]
+        keys, jobs = self._runs[at]
+        place = bisect_left(keys, job.key)
+        assert jobs[place] is job
+        del keys[place], jobs[place]
         self._size -= 1
-        if run:
-            self._last[at] = run[-1][0]
-        else:
+        if not keys:
             del self._runs[at], self._last[at]
+        elif place == len(keys):
+            self._last[at] = keys[-1]
 
     def update(self, job: Job) -> None:
-        """What its key depends on has changed."""
-        self.remove(job)
-        self.add(job)
+        """What its key depends on may have changed."""
+        key = self._key(job)
+        if key != job.key:
+            self.remove(job)
+            self._insert(job, key)
+
+    def _insert(self, job: Job, key: Key) -> None:
+        job.key = key
+        self._size += 1
+        if not self._runs:
+            self._runs.append(([key], [job]))
+            self._last.append(key)
+            return
+        at = bisect_left(self._last, key)
+        if at == len(self._last):  # behind all
+            at -= 1
+            self._last[at] = key
+        keys, jobs = self._runs[at]
+        place = bisect_left(keys, key)
+        keys.insert(place, key)
+        jobs.insert(place, job)
+        if len(keys) > _LONGEST:
+            half = len(keys) // 2
+            self._runs[at : at + 1] = [(keys[:half], jobs[:half]), (keys[half:], jobs[half:])]
+            self._last[at : at + 1] = [keys[half - 1], keys[-1]]
 
     def resort(self) -> None:
         """All keys may have changed."""
         jobs = list(self)
         for job in jobs:
             job.key = self._key(job)
-        entries = sorted((job.key, job) for job in jobs)
+        jobs.sort(key=_key_of)
         half = _LONGEST // 2
-        self._runs = [entries[at : at + half] for at in range(0, len(entries), half)]
-        self._last = [run[-1][0] for run in self._runs]
+        runs = [jobs[at : at + half] for at in range(0, len(jobs), half)]
+        self._runs = [([job.key for job in run], run) for run in runs]
+        self._last = [run[-1].key for run in runs]
+
+
+class HandicapQueue:
+    """Jobs by rank and handicap, where what a handicap is worth may change at any time.
+
+    Jobs of one handicap keep their order, whatever it is worth. So each handicap has a queue of its
+    own, and a walk merges the fronts of these with what they are worth now: nothing is ever sorted
+    anew.
+    """
+
+    def __init__(self, handicaps: Handicaps) -> None:
+        self._handicap, self._rank = handicaps.handicap, handicaps.rank
+        self._worth = handicaps.worth
+        self._queues: dict[Handicap, RunQueue] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Job]:
+        """Best first. The queue must not change while it is walked."""
+        if len(self._queues) == 1:
+            (queue,) = self._queues.values()
+            return iter(queue)
+        return self._merged()
+
+    def first(self, count: int) -> list[Job]:
+        """The best so many, or all if there are fewer."""
+        return list(islice(self, count))
+
+    def _merged(self) -> Iterator[Job]:
+        fronts: list[tuple[float, float, float, float, Job, Iterator[Job]]] = []
+        for handicap, queue in self._queues.items():
+            jobs = iter(queue)
+            worth = self._worth(handicap)
+            for job in jobs:
+                priority, at, place = job.key
+                fronts.append((priority, at + worth, place, worth, job, jobs))
+                break
+        heapq.heapify(fronts)
+        while fronts:
+            _, _, _, worth, job, jobs = fronts[0]
+            yield job
+            for job in jobs:
+                priority, at, place = job.key
+                heapq.heapreplace(fronts, (priority, at + worth, place, worth, job, jobs))
+                break
+            else:
+                heapq.heappop(fronts)
+
+    def position(self, job: Job) -> Key:
+        """By what it compares with others, of other queues of the kind as well."""
+        priority, at, place = job.key
+        return (priority, at + self._worth(job.handicap), place)
+
+    def add(self, job: Job) -> None:
+        self._size += 1
+        job.handicap = handicap = self._handicap(job)
+        queue = self._queues.get(handicap)
+        if queue is None:
+            queue = self._queues[handicap] = RunQueue(self._rank)
+        queue.add(job)
+
+    def remove(self, job: Job) -> None:
+        self._size -= 1
+        queue = self._queues[job.handicap]
+        queue.remove(job)
+        if not queue:
+            del self._queues[job.handicap]
+
+    def update(self, job: Job) -> None:
+        """What its rank or its handicap depends on may have changed."""
+        if self._handicap(job) == job.handicap:
+            self._queues[job.handicap].update(job)
+        else:
+            self.remove(job)
+            self.add(job)
+
+    def resort(self) -> None:
+        """All ranks may have changed."""
+        for queue in self._queues.values():
+            queue.resort()
+
+
+def _key_of(job: Job) -> Key:
+    return job.key

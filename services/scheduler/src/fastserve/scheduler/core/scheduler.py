@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.deadlines import Deadlines, least_seconds
@@ -39,6 +40,8 @@ _END_STATES = {
     FinishReason.FAILED: JobState.FAILED,
     FinishReason.DEADLINE: JobState.CANCELLED,
 }
+# Many per iteration: not by the slower way through the class.
+_EVENT = partial(tuple.__new__, Event)
 _LONGEST_RETRY_S = 60
 _PASSED = "the deadline of the request has passed"
 _TOO_LATE = "the deadline of the request cannot be met any more"
@@ -60,7 +63,7 @@ class Scheduler:
         self._places = itertools.count()
         self._finish_gap_s = 0.0  # average time between two ends
         self._last_finish: float | None = None
-        self._reader = ReportReader(self._jobs.get, self._end, self._tell, self.counters)
+        self._reader = ReportReader(self._end, self._tell, self.counters)
 
     # --- workers -----------------------------------------------------------------------------
 
@@ -310,7 +313,7 @@ class Scheduler:
         return events
 
     def _tell(self, job: Job, kind: EventKind, now: float) -> None:
-        self._events.append(Event(job.job_id, kind, job.level, now))
+        self._events.append(_EVENT((job.spec.job_id, kind, job.level, now)))
 
     def check_integrity(self) -> None:
         """Count everything again. Raises `IntegrityError`; for tests, it looks at every job."""
@@ -341,6 +344,8 @@ def _check_group(group: Group) -> None:
         pending = group.pending(job)
         _demand(pending >= planned, f"{job}: pending {pending}, but {planned} planned")
         _demand((job in group.resident) == (job.kv is KvState.DEVICE), f"{job}: residence")
+        _demand(group.jobs.get(job.job_id) is job, f"{job} is not known by its id")
+    _demand(len(group.jobs) == len(jobs), f"{len(group.jobs)} jobs by id, not {len(jobs)}")
 
 
 def _demand(condition: bool, message: str) -> None:

@@ -254,15 +254,6 @@ class Report:
     context_tokens: int = 0
 
 
-class AcceptedToken(NamedTuple):
-    """A new output token. `sampled_position` is its place in `Report.sampled`."""
-
-    job_id: str
-    index: int  # type: ignore[assignment]  # hides a method that nobody needs
-    token: int
-    sampled_position: int
-
-
 class Finished(NamedTuple):
     """A job that ended. `error` is meant for the client."""
 
@@ -273,9 +264,13 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a report brought: tokens first, in order, then the jobs that ended."""
+    """What a report brought: tokens first, in order, then the jobs that ended.
 
-    tokens: list[AcceptedToken]
+    A new output token comes with its job, its index there, and its place in `Report.sampled`; plain
+    tuples, since there is one per row and iteration.
+    """
+
+    tokens: list[tuple[str, int, int, int]]  # job id, index, token, position
     finished: list[Finished]
 
 

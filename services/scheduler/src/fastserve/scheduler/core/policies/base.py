@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Protocol
 
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.types import SchedulerConfig
 
 Key = tuple[float, ...]
+Handicap = tuple[int, ...]
 
 
 # Lower is sooner. A class that is not listed counts as the middle one.
 _CLASS_RANKS: Final = {"interactive": 0, "default": 1, "batch": 2}
+CLASSES: Final = len(_CLASS_RANKS)
 
 
 def class_rank(job: Job) -> int:
@@ -22,16 +25,32 @@ def class_rank(job: Job) -> int:
     return _CLASS_RANKS.get(job.spec.service_class, 1)
 
 
+class Handicaps(Protocol):
+    """Makes keys of a priority, a moment, a handicap and a place: jobs go by priority, then by the
+    moment plus what the handicap is worth, which may change at any time; the place breaks ties."""
+
+    def rank(self, job: Job) -> tuple[float, float, float]:
+        """Priority, moment and place: the order of the jobs of one handicap."""
+
+    def handicap(self, job: Job) -> Handicap:
+        """How far it is put back; few different ones, for each has a queue of its own."""
+
+    def worth(self, handicap: Handicap) -> float:
+        """Seconds that a handicap stands for now."""
+
+
 class Policy(ABC):
     """Orders jobs by `key`, smallest first; keys of different jobs differ.
 
     A key depends on the job alone (its level, its place, whether it has a row) and only changes in
-    the calls below or when the job starts or stops, so that the jobs can be kept sorted.
+    the calls below or when the job starts or stops, so that the jobs can be kept sorted. Where keys
+    have `handicaps`, these may be worth more or less after every `weigh`.
     """
 
     name: ClassVar[str]
     preemptive: ClassVar[bool]  # a waiting job may take the row or the memory of a running one
     fair: ClassVar[bool] = False  # the tenants of a class share service, see `FairQueue`
+    handicaps: Handicaps | None = None  # what its keys are made up of
 
     def __init__(
         self,
@@ -46,6 +65,7 @@ class Policy(ABC):
         self.config, self.cost = config, cost
         self.rows, self.budget = rows, budget
         self.next_place = place
+        self._unlimited = [math.inf] * config.levels
 
     @abstractmethod
     def key(self, job: Job) -> Key:
@@ -62,9 +82,12 @@ class Policy(ABC):
     def admit(self, job: Job) -> None:  # noqa: B027  # most have nothing to note
         """A job comes to this group, new or from elsewhere: note what its key needs."""
 
-    def charge(self, job: Job, seconds: float) -> bool:
-        """The job had so much service. True if its level or its place changed."""
-        return False
+    def limits(self) -> list[float]:
+        """By level, the seconds `used` in it at which a job sinks. Asked for once per iteration."""
+        return self._unlimited
+
+    def sink(self, job: Job) -> None:  # noqa: B027  # most have no limits
+        """It has reached the limit of its level: its key changes."""
 
     def promote(self, job: Job, now: float) -> bool:
         """Lift a waiting job that starves. Called for the longest waiting first, until False."""
@@ -73,16 +96,21 @@ class Policy(ABC):
     def leave(self, job: Job) -> None:  # noqa: B027  # most have nothing to do
         """The job is over or goes to another group."""
 
-    def limits(self, waiting: int) -> tuple[int, int]:
+    def size(self, waiting: int) -> tuple[int, int]:
         """Most rows and most tokens of the next iteration. waiting: jobs without a row."""
         return self.rows, self.budget
 
-    def resort(self, now: float, waiting: int, running: int) -> bool:
+    def weigh(self, now: float, waiting: int, running: int) -> None:  # noqa: B027  # most have none
+        """A plan is to be made: what are handicaps worth now?
+
+        waiting, running: jobs that the last plan left without and with a row.
+        """
+
+    def resort(self, now: float) -> bool:
         """Whether keys have changed as time went by: then the whole queue is sorted anew.
 
-        waiting, running: jobs left without and with a row by the last plan. Asked before every
-        plan, of long queues only
-        after many changes (`FairQueue.may_resort`); should rarely say yes.
+        Asked before every plan, of long queues only after many changes
+        (`FairQueue.may_resort`); should rarely say yes.
         """
         return False
 

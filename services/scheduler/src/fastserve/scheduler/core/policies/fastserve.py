@@ -26,7 +26,7 @@ import math
 from typing import Any, Final
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key, class_rank
+from fastserve.scheduler.core.policies.base import Handicap, Key, class_rank
 from fastserve.scheduler.core.policies.mlfq import SkipJoinMlfq
 
 # Weight in mean services; x: jobs that wait per job that runs.
@@ -47,7 +47,7 @@ _SEEN: Final = 64  # iterations before it is believed
 _STRETCH: Final = 7.0  # decode iterations that a chunk of a prompt may take
 _CHUNK: Final = 64  # tokens, at least
 _NEWEST: Final = 0.01  # share of the newest job in the mean service
-_CHANGE: Final = 0.1  # relative change of the weight that makes sorting anew worth while
+_CHANGE: Final = 0.1  # a smaller relative change of the weight is not followed
 
 
 class FastServe(SkipJoinMlfq):
@@ -62,6 +62,7 @@ class FastServe(SkipJoinMlfq):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.handicaps = self
         self._service = _FIRST_GUESS * self.cost.decode_s
         self._weight = self._service
         self._steady = self._service  # the weight, but never less than a mean service
@@ -69,18 +70,32 @@ class FastServe(SkipJoinMlfq):
         self._asked = -math.inf  # when it was averaged last
 
     def key(self, job: Job) -> Key:
-        at = job.spec.arrival + self._steady * _CLASS_LEVELS[class_rank(job)]
-        if job.level == job.joined:
-            at += self._steady * (job.level - _HEAD_LEVELS) - _HEAD_S
-        else:
-            at += self._weight * job.level
-        return (job.spec.priority, at, job.place)
+        priority, arrival, place = self.rank(job)
+        return (priority, arrival + self.worth(self.handicap(job)), place)
+
+    def rank(self, job: Job) -> tuple[float, float, float]:
+        return (job.spec.priority, job.spec.arrival, job.place)
+
+    def handicap(self, job: Job) -> Handicap:
+        """Level, class, and whether it is a newcomer."""
+        return (job.level, class_rank(job), job.newcomer)
+
+    def worth(self, handicap: Handicap) -> float:
+        level, rank, newcomer = handicap
+        seconds = self._steady * _CLASS_LEVELS[rank]
+        if newcomer:
+            return seconds + self._steady * (level - _HEAD_LEVELS) - _HEAD_S
+        return seconds + self._weight * level
 
     def join(self, job: Job) -> None:
         super().join(job)
-        job.joined = job.level
+        job.newcomer = True
 
-    def limits(self, waiting: int) -> tuple[int, int]:
+    def sink(self, job: Job) -> None:
+        super().sink(job)
+        job.newcomer = False
+
+    def size(self, waiting: int) -> tuple[int, int]:
         """Rows as long as another one is worth while; tokens so that an iteration with a chunk of a
         long prompt takes a few times a decode's, for whoever comes meanwhile waits for its end.
         The more jobs wait, the more throughput counts: half a decode's time for each."""
@@ -97,7 +112,7 @@ class FastServe(SkipJoinMlfq):
     def leave(self, job: Job) -> None:
         self._service += _NEWEST * (job.attained - self._service)
 
-    def resort(self, now: float, waiting: int, running: int) -> bool:
+    def weigh(self, now: float, waiting: int, running: int) -> None:
         running = max(running, 1)
         x = waiting / running
         passed = now - self._asked
@@ -106,8 +121,6 @@ class FastServe(SkipJoinMlfq):
         x = max(self._backlog, x - _BURST)
         services = max(_LEAST / running, min(_SQUARE * x**2, max(_MOST, _LINEAR * x)))
         weight = self._service * services
-        if abs(weight - self._weight) <= _CHANGE * self._weight:
-            return False
-        self._weight = weight
-        self._steady = max(weight, self._service)
-        return True
+        if abs(weight - self._weight) > _CHANGE * self._weight:
+            self._weight = weight
+            self._steady = max(weight, self._service)

@@ -37,7 +37,7 @@ class Hrrn(Policy):
     def admit(self, job: Job) -> None:
         job.limit = max(self.cost.prefill(job.known_len, self.budget), 1e-6)
 
-    def resort(self, now: float, waiting: int, running: int) -> bool:
+    def resort(self, now: float) -> bool:
         if now - self._now < self.resort_s:
             return False
         self._now = now

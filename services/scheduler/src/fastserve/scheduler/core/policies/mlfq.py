@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.policies.base import Key, Promoting, class_rank
+from fastserve.scheduler.core.policies.base import CLASSES, Key, Promoting, class_rank
 from fastserve.scheduler.core.types import Demotion, JobState
 
 
@@ -33,27 +33,25 @@ class Mlfq(Promoting):
         self._growth = [self.config.quantum_ratio**level for level in range(self.config.levels)]
 
     def key(self, job: Job) -> Key:
-        return (
-            not job.boosted,
-            class_rank(job),
-            job.spec.priority,
-            job.level,
-            job.state is not JobState.RUNNING,
-            job.place,
-        )
+        # Lifted jobs, then the classes; priority; level, in it those with a row first. Keys are
+        # compared all the time: as few numbers as possible.
+        first = class_rank(job) - CLASSES if job.boosted else class_rank(job)
+        level = 2 * job.level + (job.state is not JobState.RUNNING)
+        return (first, job.spec.priority, level, job.place)
 
     def quantum(self, level: int) -> float:
         """Seconds of service in a level."""
         return (self.config.quantum_s or self.cost.decode_s) * self._growth[level]
 
     def quanta(self) -> list[float]:
-        return [self.quantum(level) for level in range(self.config.levels)]
+        quantum = self.quantum(0)
+        return [quantum * growth for growth in self._growth]
 
-    def charge(self, job: Job, seconds: float) -> bool:
-        job.used += seconds
+    def limits(self) -> list[float]:
+        return self.quanta()
+
+    def sink(self, job: Job) -> None:
         quantum = self.quantum(job.level)
-        if job.used < quantum:
-            return False
         last = self.config.levels - 1
         if self.config.demotion is Demotion.ONE_LEVEL:
             job.level, job.used = min(job.level + 1, last), 0.0
@@ -66,7 +64,6 @@ class Mlfq(Promoting):
             quantum = self.quantum(job.level)
         job.place = self.next_place()
         self.settle(job)
-        return True
 
 
 class SkipJoinMlfq(Mlfq):

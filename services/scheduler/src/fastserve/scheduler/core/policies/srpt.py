@@ -25,6 +25,8 @@ class Srpt(Policy):
         if not job.output:
             job.limit += self.cost.prefill(job.remaining, self.budget) / self.cost.decode_s
 
-    def charge(self, job: Job, seconds: float) -> bool:
+    def limits(self) -> list[float]:
+        return [0.0] * self.config.levels  # less is left after every iteration
+
+    def sink(self, job: Job) -> None:
         self.admit(job)
-        return True
