@@ -29,6 +29,7 @@ class Draft:
     set_aside: int = 0
     kept: int = 0
     starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
+    promised: set[Job] = field(default_factory=set)  # of them, those that room comes for
     evicted: dict[Job, PreemptMode] = field(default_factory=dict)
     ranks: dict[Job, int] = field(default_factory=dict)  # of `head`, once somebody asked
 

@@ -80,6 +80,10 @@ class Group:
     host_reopens: float = 0.0  # when a host that refused blocks is tried again
     host_closed: bool = False
     newcomer_blocks: float = 0.0  # average of those that were let in
+    planned_at: float = 0.0  # the last plan was made then
+    held_up: int = 0  # jobs among the first of the order, since then, that wait for a copy
+    kv_wait_s: float = 0.0  # seconds of such waits, all jobs together
+    row_s: float = 0.0  # seconds with a row, likewise
 
     def __post_init__(self) -> None:
         info, config = self.info, self.config
@@ -209,6 +213,13 @@ class Group:
         self.newcomer_blocks += _NEWCOMER_WEIGHT * (blocks - self.newcomer_blocks)
 
     # --- plans -------------------------------------------------------------------------------
+
+    def clock(self, now: float) -> None:
+        """Count the time since the last plan was made."""
+        seconds = now - self.planned_at
+        self.kv_wait_s += self.held_up * seconds
+        self.row_s += self.running * seconds
+        self.planned_at = now
 
     def operation(self, kind: KvOpKind, job: Job) -> int:
         """Begin an operation on a job; returns its id."""

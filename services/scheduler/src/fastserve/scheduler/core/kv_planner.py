@@ -56,6 +56,19 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     return coming
 
 
+def held_up(draft: Draft) -> int:
+    """Jobs among the first of the order, as many as there are rows, that have no row since KV is on
+    its way: their own, or that of others who make room."""
+    group = draft.group
+    if not group.ops and not draft.promised:
+        return 0
+    moving = (KvOpKind.OFFLOAD, KvOpKind.UPLOAD)
+    return sum(
+        job not in draft.chosen and (job.op in moving or job in draft.promised)
+        for job in draft.head[: group.max_rows]
+    )
+
+
 def keep_reserve(draft: Draft) -> None:
     """Let jobs without a row leave until the reserve is or will be free."""
     reserve = _reserve(draft)

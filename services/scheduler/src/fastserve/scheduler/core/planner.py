@@ -31,6 +31,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     Walks the jobs in the order of the policy and gives rows to those that fit, skipping those that
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
+    group.clock(now)
     _promote(group, now, tell, counters)
     if group.queue.may_resort() and group.policy.resort(now, len(group.waiting)):
         group.queue.resort()
@@ -40,6 +41,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     draft.release_ended()
     head = draft.head = _head(group)
     _choose_rows(draft, chain(head, _behind(group, head)), now)
+    group.held_up = kv_planner.held_up(draft)
     if group.config.kv_strategy is KvStrategy.PROACTIVE:
         kv_planner.keep_reserve(draft)
         kv_planner.bring_back(draft, head)
@@ -131,6 +133,7 @@ def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
             # Smaller ones may pass it if it has to wait for others to end, but not for ever.
             if coming >= more:
                 draft.set_aside += more
+                draft.promised.add(job)
             elif starving:
                 draft.kept += more
             draft.starved.add(job)
