@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fastserve.scheduler.core.enst import next_scheduled
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key
@@ -22,6 +24,7 @@ class Draft:
     """
 
     group: Group
+    now: float
     head: Sequence[Job] = ()  # the first of the order
     rows: list[PlanRow] = field(default_factory=list)
     chosen: set[Job] = field(default_factory=set)  # those of `rows`
@@ -31,6 +34,7 @@ class Draft:
     starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
     promised: set[Job] = field(default_factory=set)  # of them, those that room comes for
     evicted: dict[Job, PreemptMode] = field(default_factory=dict)
+    times: dict[Job, float] = field(default_factory=dict)  # see `next_at`
     ranks: dict[Job, int] = field(default_factory=dict)  # of `head`, once somebody asked
 
     def place(self, job: Job) -> Key:
@@ -40,6 +44,18 @@ class Draft:
         if not self.ranks:
             self.ranks = {job: rank for rank, job in enumerate(self.head)}
         return (self.ranks.get(job, len(self.head)), *job.key)
+
+    def next_at(self, job: Job) -> float:
+        """Seconds until it runs next, by estimate; infinite for those that were not looked at, who
+        come later than all others and in the order of `place`."""
+        self.looked_at()
+        return self.times.get(job, math.inf)
+
+    def looked_at(self) -> Iterable[Job]:
+        """Jobs with an estimate of their own."""
+        if not self.times:
+            self.times = next_scheduled(self.group, self.head, self.now)
+        return self.times
 
     def spare(self, *, resident: bool = False) -> int:
         """Device blocks for whoever comes next in the order.
@@ -61,7 +77,7 @@ class Draft:
     def operate(self, kind: KvOpKind, job: Job) -> None:
         """Begin an operation on a job without one; book what it moves."""
         group = self.group
-        self.ops.append(KvOperation(group.operation(kind, job), kind, job.job_id))
+        self.ops.append(KvOperation(group.operation(kind, job, self.now), kind, job.job_id))
         match kind:
             case KvOpKind.OFFLOAD:
                 group.book_host(job, host_need(group, job))

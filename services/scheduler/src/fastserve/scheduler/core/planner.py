@@ -37,14 +37,14 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
-    draft = Draft(group)
+    draft = Draft(group, now)
     draft.release_ended()
     head = draft.head = _head(group)
     _choose_rows(draft, chain(head, _behind(group, head)), now)
     group.held_up = kv_planner.held_up(draft)
     if group.config.kv_strategy is KvStrategy.PROACTIVE:
         kv_planner.keep_reserve(draft)
-        kv_planner.bring_back(draft, head)
+        kv_planner.bring_back(draft)
     _stop_others(draft, now, tell, counters)
     running = JobState.RUNNING
     for job, _ in draft.rows:
@@ -112,7 +112,7 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
         rows_left -= 1
         tokens_left -= tokens
         if job.kv is not on_device:
-            _settle(group, job)
+            _settle(group, job, now)
         if need != job.booked:
             group.book_device(job, need)
         rows.append(row)
@@ -144,10 +144,10 @@ def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
     return True
 
 
-def _settle(group: Group, job: Job) -> None:
+def _settle(group: Group, job: Job, now: float) -> None:
     """It begins on the device, with nothing computed."""
     if job.kv is KvState.NONE:
-        group.note_newcomer(job)
+        group.newcomers.note(group.blocks(job.known_len), now)
     job.kv = KvState.DEVICE
     group.resident[job] = None
 

@@ -138,6 +138,9 @@ class ReportReader:
 
     def _operation(self, group: Group, done: OpDone, now: float) -> None:
         op = group.ops.pop(done.op_id)
+        channel = group.channel(op.kind)
+        if channel is not None:
+            channel.end(op.began, done.seconds if done.bytes else 0.0, op.blocks)
         if op.leftover is not None:
             group.device_used -= op.leftover.device
             group.host_used -= op.leftover.host

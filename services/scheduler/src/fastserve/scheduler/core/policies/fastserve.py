@@ -43,6 +43,7 @@ class FastServe(SkipJoinMlfq):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.lifted_at_once = 0  # age is in the key
         self._service = _FIRST_GUESS * self.cost.decode_s
         self._weight = self._service
 
@@ -51,7 +52,7 @@ class FastServe(SkipJoinMlfq):
         return (job.spec.priority, job.spec.arrival + self._weight * handicap, job.place)
 
     def promote(self, job: Job, now: float) -> bool:
-        return False  # age is in the key
+        return False
 
     def leave(self, job: Job) -> None:
         self._service += _NEWEST * (job.attained - self._service)
