@@ -159,7 +159,7 @@ class _Simulation:
             served_s=self._served,
             tenants=[job.tenant for job in jobs],
             preemptions=preemptions,
-            offloaded_tokens=counters["tokens.offload"],
+            offloaded_tokens=counters["tokens.offload"] + counters["tokens.copy_out"],
             uploaded_tokens=counters["tokens.upload"],
             recomputed_tokens=counters["tokens.recomputed"],
             kv_wait_s=kv_wait_s,

@@ -91,6 +91,14 @@ class Draft:
                 kept = job.host_tokens > 0
                 self.evicted[job] = PreemptMode.SWAP if kept else PreemptMode.RECOMPUTE
 
+    def copy_out(self, job: Job, blocks: int) -> None:
+        """Copy the next full blocks of a job that stays where it is."""
+        group = self.group
+        op_id = group.operation(KvOpKind.COPY_OUT, job, self.now, blocks)
+        self.ops.append(KvOperation(op_id, KvOpKind.COPY_OUT, job.job_id, blocks))
+        partial = bool(job.host_tokens % group.info.block_size)  # it is stored anew first
+        group.book_host(job, group.blocks(job.host_tokens) + partial + blocks)
+
     def release_ended(self) -> None:
         """Free what jobs that are over still hold, before anything else."""
         group = self.group

@@ -10,7 +10,7 @@ from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.fair_queue import FairQueue
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies import Policy, policy_named
-from fastserve.scheduler.core.transfers import Newcomers, Transfers
+from fastserve.scheduler.core.transfers import Newcomers, Pace, Transfers
 from fastserve.scheduler.core.types import (
     JobState,
     KvOpKind,
@@ -85,6 +85,7 @@ class Group:
     host_closed: bool = False
     outward: Transfers = field(default_factory=Transfers)
     inward: Transfers = field(default_factory=Transfers)
+    pace: Pace = field(default_factory=Pace)
     newcomers: Newcomers = field(default_factory=Newcomers)
     mean_service_s: float = field(init=False)  # of jobs that ended
     planned_at: float = 0.0  # the last plan was made then
@@ -218,6 +219,12 @@ class Group:
         """Blocks that are not on the host yet, or not as they are now."""
         return self.blocks(job.computed) - job.host_tokens // self.info.block_size
 
+    def full_to_store(self, job: Job) -> int:
+        """Of them, those that are full and will not change any more."""
+        return (job.computed - job.host_tokens // self.info.block_size * self.info.block_size) // (
+            self.info.block_size
+        )
+
     # --- plans -------------------------------------------------------------------------------
 
     def clock(self, now: float) -> None:
@@ -227,11 +234,11 @@ class Group:
         self.row_s += self.running * seconds
         self.planned_at = now
 
-    def operation(self, kind: KvOpKind, job: Job, now: float) -> int:
-        """Begin an operation on a job; returns its id."""
+    def operation(self, kind: KvOpKind, job: Job, now: float, blocks: int = 0) -> int:
+        """Begin an operation on a job; returns its id. `blocks`: the most that a COPY_OUT copies."""
         self.op_id += 1
         job.op, job.named = kind, True
-        op = self.ops[self.op_id] = Operation(kind, job, job.job_id, began=now)
+        op = self.ops[self.op_id] = Operation(kind, job, job.job_id, began=now, blocks=blocks)
         if kind is KvOpKind.OFFLOAD:
             op.blocks = max(0, self.to_store(job))
         elif kind is KvOpKind.UPLOAD:
@@ -243,7 +250,7 @@ class Group:
 
     def channel(self, kind: KvOpKind) -> Transfers | None:
         """That of copies of this kind."""
-        if kind is KvOpKind.OFFLOAD:
+        if kind in (KvOpKind.OFFLOAD, KvOpKind.COPY_OUT):
             return self.outward
         return self.inward if kind is KvOpKind.UPLOAD else None
 

@@ -59,6 +59,39 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     return coming
 
 
+def write_through(draft: Draft) -> None:
+    """Copy full blocks of jobs that may have to leave, while nothing else leaves: the last to run
+    first. They stay on the device; leaving is quicker then."""
+    group = draft.group
+    config, pace = group.config, group.pace
+    pace.counts = (
+        config.kv_write_through
+        and config.kv_strategy is KvStrategy.PROACTIVE
+        and group.info.host_blocks > 0
+        and _full_soon(draft)
+    )
+    if not pace.counts or group.outward.pending:
+        return
+    missing = [job for job in group.resident if job.op is None and group.full_to_store(job) > 0]
+    left = min(pace.blocks(group.outward.block_s, draft.now), group.host_free) if missing else 0
+    while left > 0 and missing:
+        job = max(missing, key=lambda job: (draft.next_at(job), draft.place(job)))
+        missing.remove(job)
+        blocks = min(left, group.full_to_store(job))
+        draft.copy_out(job, blocks)
+        pace.copies += 1
+        left -= blocks
+
+
+def _full_soon(draft: Draft) -> bool:
+    """Whether the device may be full before all that is on it could be copied out at this pace."""
+    group = draft.group
+    growth = group.running / group.cost.decode_s / group.info.block_size
+    taken_per_s = group.newcomers.blocks_per_s(draft.now) + growth
+    copy_s = group.device_used * group.outward.block_s / group.pace.share
+    return group.free <= taken_per_s * copy_s or draft.spare() <= reserve_blocks(group, draft.now)
+
+
 def held_up(draft: Draft) -> int:
     """Jobs among the first of the order, as many as there are rows, that have no row since KV is on
     its way: their own, or that of others who make room."""
@@ -180,6 +213,9 @@ def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) 
     if victim.host_tokens >= victim.computed and not group.pending(victim):
         draft.operate(KvOpKind.DROP_DEVICE, victim)  # the host copy is complete
         return True
+    if group.config.kv_strategy is KvStrategy.PROACTIVE and _recompute(draft, victim, gainer):
+        _drop(draft, victim)
+        return True
     missing = host_need(group, victim) - victim.host_booked - group.host_free
     if group.config.kv_strategy is KvStrategy.RECOMPUTE:
         missing = max(missing, 1)  # as if the host were full
@@ -190,9 +226,38 @@ def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) 
         return False  # there will be room on the host soon
     if victim.drops < _MOST_DROPS or gainer.seq < victim.seq:
         victim.drops += 1
-        draft.operate(KvOpKind.DROP_DEVICE, victim)
+        _drop(draft, victim)
         return True
     return False
+
+
+def _drop(draft: Draft, victim: Job) -> None:
+    victim.dropped_at = victim.computed
+    draft.operate(KvOpKind.DROP_DEVICE, victim)
+
+
+def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
+    """Whether it is cheaper to compute again what the host lacks than to copy it there and back.
+
+    In seconds of all jobs together: computing makes the iterations of all rows longer, a copy keeps
+    the job waiting that wants the blocks. Nobody loses anything twice without having got further.
+    """
+    group = draft.group
+    if victim.computed <= victim.dropped_at:
+        return False
+    tokens = victim.bound(group.pending(victim)) - victim.host_tokens
+    if tokens >= group.info.block_size:
+        if victim.drops >= _MOST_DROPS:
+            return False
+    compute_s = group.cost.more(victim.host_tokens, tokens) * max(group.running, 1)
+    blocks = group.to_store(victim)
+    copy_s = group.outward.seconds(blocks) + blocks * group.inward.block_s
+    if gainer is not None:
+        copy_s += 2 * group.cost.decode_s  # see `_upload_s`
+    if compute_s >= copy_s:
+        return False
+    victim.drops += tokens >= group.info.block_size
+    return True
 
 
 def _drop_copies(draft: Draft, victim: Job, others: list[Job], missing: int) -> bool:

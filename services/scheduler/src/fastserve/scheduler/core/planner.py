@@ -53,6 +53,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
             tell(job, EventKind.STARTED, now)
     if not draft.ops and _goes_on(group, draft.rows):
         return None
+    kv_planner.write_through(draft)
     lease = group.config.lease
     return Plan(group.send(lease, draft.rows), lease, draft.rows, draft.ops)
 
@@ -85,13 +86,15 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     # Everything that a decode comes by on its way is a local: there is one per row and iteration.
     group, rows, chosen = draft.group, draft.rows, draft.chosen
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
-    on_host, on_device = KvState.HOST, KvState.DEVICE
+    on_host, on_device, copy_out = KvState.HOST, KvState.DEVICE, KvOpKind.COPY_OUT
     rows_left, tokens_left = group.max_rows, group.max_tokens
     partial_prefills = passed = 0
     behind = len(group.queue)
     for job in order:
         behind -= 1
-        if job.op is not None or (passed > look_ahead and not job.booked):
+        if (job.op is not None and job.op is not copy_out) or (
+            passed > look_ahead and not job.booked
+        ):
             continue
         need = need_of(job, lease)
         if (need > job.booked or job.kv is on_host) and not _has_room(draft, job, need, now):

@@ -67,6 +67,8 @@ class ReportReader:
         if not report.rows:
             return
         work = work_of(report.rows)
+        if group.pace.counts:
+            group.pace.observe(report.seconds, group.cost.seconds(work))
         group.cost.observe(work, report.seconds)
         share = _Share(group.cost, work, report.seconds)
         find, worker_id, charge = self._find, group.info.worker_id, group.policy.charge
@@ -141,6 +143,7 @@ class ReportReader:
         channel = group.channel(op.kind)
         if channel is not None:
             channel.end(op.began, done.seconds if done.bytes else 0.0, op.blocks)
+            group.pace.copies -= op.kind is KvOpKind.COPY_OUT
         if op.leftover is not None:
             group.device_used -= op.leftover.device
             group.host_used -= op.leftover.host
@@ -159,6 +162,8 @@ class ReportReader:
         match op.kind:
             case KvOpKind.OFFLOAD:
                 self._offloaded(group, job, done, now)
+            case KvOpKind.COPY_OUT:
+                self._copied_out(group, job, done, now)
             case KvOpKind.UPLOAD:
                 self._uploaded(group, job, done, now)
             case KvOpKind.DROP_DEVICE:
@@ -181,6 +186,14 @@ class ReportReader:
         group.book_host(job, group.blocks(done.tokens))
         group.set_kv(job, KvState.HOST if done.tokens else KvState.DROPPED)
         self._tell(job, EventKind.OFFLOADED, now)
+
+    def _copied_out(self, group: Group, job: Job, done: OpDone, now: float) -> None:
+        if done.status is KvStatus.OK:
+            self._count(KvOpKind.COPY_OUT, max(0, done.tokens - job.host_tokens), done)
+            job.host_tokens = done.tokens
+        else:
+            group.host_reopens = now + _HOST_PAUSE_S
+        group.book_host(job, group.blocks(job.host_tokens))
 
     def _uploaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
         if done.status is KvStatus.OK:

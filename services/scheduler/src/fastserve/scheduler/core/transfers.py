@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+# Iterations may get so much slower by copies that nobody waits for.
+_SLOWER: Final = 0.02
+# Weight of the newest iteration in the means of `Pace`, and what one of them changes.
+_NEWEST: Final = 0.02
+_STEP: Final = 1.02
 # Weight of the past per copy, and how long a newcomer is remembered.
 _FORGET: Final = 0.9
 _MEMORY_S: Final = 10.0
@@ -86,3 +91,47 @@ class Newcomers:
         self._per_s *= left
         self._squares_per_s *= left
         self._at = now
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast blocks may be copied out for which nobody waits, without slowing iterations.
+
+    Copying takes a share of the time. It begins with what cannot do harm even where a copy takes as
+    much from an iteration as it lasts, and grows as long as iterations with copies take, against
+    what the cost model expects, hardly more than those without.
+
+    counts: iterations are compared; where nothing is copied that would be for nothing. copies: those
+    under way.
+    """
+
+    counts: bool = False
+    copies: int = 0
+    share: float = _SLOWER
+    _since: float = 0.0
+    _with: float = 1.0
+    _without: float = 1.0
+
+    def observe(self, seconds: float, expected: float) -> None:
+        """An iteration took so long."""
+        if expected <= 0:
+            return
+        ratio = min(seconds / expected, 2.0)
+        if not self.copies:
+            self._without += _NEWEST * (ratio - self._without)
+            return
+        self._with += _NEWEST * (ratio - self._with)
+        step = _STEP if self._with <= (1 + _SLOWER) * self._without else 1 / _STEP
+        self.share = min(1.0, max(_SLOWER, self.share * step))
+
+    def blocks(self, block_s: float, now: float) -> int:
+        """That may be copied now, `block_s` seconds each: for the time since this was last asked.
+
+        0 is asked for again later, with the time since then.
+        """
+        if not block_s:  # how long a block takes is not known yet
+            return 1
+        blocks = int(self.share * min(now - self._since, 1.0) / block_s)
+        if blocks:
+            self._since = now
+        return blocks
