@@ -11,7 +11,7 @@ from fastserve.scheduler.core.enst import next_scheduled
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.kv_planner import reserve_blocks
 from fastserve.scheduler.core.policies import POLICIES
-from fastserve.scheduler.core.transfers import Newcomers, Transfers
+from fastserve.scheduler.core.transfers import Newcomers, Pace, Transfers
 from support.scheduler_rig import Rig
 
 
@@ -195,3 +195,129 @@ def starving_in_turn(kv_strategy: str) -> float:
 
 def test_who_is_lifted_next_comes_back_before_that() -> None:
     assert starving_in_turn("proactive") < starving_in_turn("reactive") / 2
+
+
+# --- copies ahead of leaving, and leaving without one --------------------------------------------
+
+
+def copies_of(rig: Rig, name: str) -> int:
+    return rig.ops.count((KvOpKind.COPY_OUT, name))
+
+
+def test_full_blocks_are_copied_out_while_their_job_runs_when_memory_is_short() -> None:
+    rig = Rig(device_blocks=16, max_num_seqs=2)
+    rig.submit("a", prompt=20, max_tokens=28)
+    rig.submit("b", prompt=12, max_tokens=28)
+    rig.slow_copies = True
+    while not copies_of(rig, "a") + copies_of(rig, "b"):
+        rig.run(1)
+    (copied,) = {name for kind, name in rig.ops if kind is KvOpKind.COPY_OUT}
+    job = rig.job(copied)
+    before = len(job.output)
+    rig.run(2)
+    assert job.state is JobState.RUNNING and job.op is KvOpKind.COPY_OUT
+    assert len(job.output) == before + 2  # it goes on meanwhile
+    rig.slow_copies = False
+    rig.run(1)
+    assert 0 < job.host_tokens <= job.computed and job.host_tokens % 4 == 0
+    assert job.kv is KvState.DEVICE
+    assert set(rig.run(80)) == {"a", "b"}
+    assert rig.scheduler.counters["tokens.copy_out"] > 0
+    assert rig.scheduler.counters["tokens.recomputed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "worker"),
+    [
+        ({"kv_write_through": False}, {}),
+        ({"kv_strategy": "reactive"}, {}),
+        ({}, {"host_blocks": 0}),
+        ({}, {"device_blocks": 100_000}),  # plenty: it will not be full for long
+    ],
+)
+def test_otherwise_nothing_is_copied_ahead(
+    config: dict[str, object], worker: dict[str, int]
+) -> None:
+    rig = Rig(config, **({"device_blocks": 16, "max_num_seqs": 2} | worker))
+    group_of(rig).outward.end(began=0.0, seconds=0.001, blocks=1)
+    rig.submit("a", prompt=20, max_tokens=28)
+    rig.submit("b", prompt=12, max_tokens=28)
+    rig.run(60)
+    assert not copies_of(rig, "a") + copies_of(rig, "b")
+
+
+def test_a_host_that_refuses_a_copy_changes_nothing() -> None:
+    rig = Rig(device_blocks=16, max_num_seqs=2)
+    rig.worker.host_refuses = True
+    rig.submit("a", prompt=20, max_tokens=28)
+    rig.submit("b", prompt=12, max_tokens=28)
+    rig.run(20)
+    tried = copies_of(rig, "a") + copies_of(rig, "b")
+    assert tried == 1  # the host is left alone for a second
+    assert group_of(rig).host_used == 0
+
+
+def test_copying_ahead_keeps_its_pace_as_long_as_iterations_do() -> None:
+    pace = Pace()
+    assert pace.blocks(0.0, 1.0) == 1  # one, to see how long it takes
+    assert pace.blocks(0.001, 1.0) == 20  # 2 % of a second
+    assert pace.blocks(0.001, 1.01) == 0  # 10 ms later it would be a fifth of a block
+    assert pace.blocks(0.001, 1.10) == 2
+    pace.copies = 1
+    for _ in range(500):
+        pace.observe(0.0101, 0.010)  # 1 % slower than without
+    assert pace.share == 1.0
+    for _ in range(500):
+        pace.observe(0.0105, 0.010)
+    assert pace.share == 0.02
+    pace.copies = 0
+    for _ in range(500):
+        pace.observe(0.0105, 0.010)  # the model is wrong, or other work is beside it
+    pace.copies = 1
+    for _ in range(500):
+        pace.observe(0.0105, 0.010)
+    assert pace.share == 1.0
+
+
+def leaving(block_s: float) -> list[KvOpKind]:
+    """What a job of 36 tokens and more does for an urgent one, with a link of this speed."""
+    rig = Rig({"kv_write_through": False}, device_blocks=16)
+    for channel in (group_of(rig).outward, group_of(rig).inward):
+        channel.pending = 100
+        channel.end(began=0.0, seconds=100 * block_s, blocks=100)
+    rig.submit("long", prompt=36, max_tokens=20)
+    rig.run(8)
+    rig.submit("new", prompt=30, max_tokens=2, priority=-1)
+    assert rig.run(60) == ["new", "long"]
+    return [kind for kind, name in rig.ops if name == "long" and kind is not KvOpKind.RELEASE]
+
+
+def test_the_cheaper_of_copying_and_computing_again() -> None:
+    assert leaving(block_s=0.0001) == [KvOpKind.OFFLOAD, KvOpKind.UPLOAD]
+    assert leaving(block_s=1.0) == [KvOpKind.DROP_DEVICE]
+
+
+def test_a_copy_that_would_take_too_long_to_come_back_is_given_up() -> None:
+    rig = Rig({"kv_write_through": False, "kv_reserve_blocks": 8}, device_blocks=16)
+    rig.submit("long", prompt=36, max_tokens=20)
+    rig.run(8)
+    rig.submit("new", prompt=30, max_tokens=2, priority=-1)
+    while rig.job("long").kv is not KvState.HOST:
+        rig.run(1)
+    group_of(rig).inward.pending = 100
+    group_of(rig).inward.end(began=0.0, seconds=100.0, blocks=100)
+    assert rig.run(60) == ["new", "long"]
+    assert (KvOpKind.DROP_HOST, "long") in rig.ops and (KvOpKind.UPLOAD, "long") not in rig.ops
+
+
+def test_nobody_loses_its_cache_again_and_again_however_slow_the_link() -> None:
+    rig = Rig({"starvation_s": 0.05}, device_blocks=16, max_num_seqs=2)
+    for channel in (group_of(rig).outward, group_of(rig).inward):
+        channel.pending = 100
+        channel.end(began=0.0, seconds=1000.0, blocks=100)
+    for number in range(6):
+        rig.submit(f"j{number}", prompt=20, max_tokens=30)
+    ended = rig.run(600)
+    assert len(ended) == 6
+    # Twice the whole cache for each of them, and the ends of blocks.
+    assert rig.scheduler.counters["tokens.recomputed"] < 6 * (2 * 50 + 50)

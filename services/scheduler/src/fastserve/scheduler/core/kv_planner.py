@@ -120,6 +120,20 @@ def keep_reserve(draft: Draft) -> None:
             missing -= booked
 
 
+def fetch(draft: Draft, job: Job) -> None:
+    """A job on the host has room, and its turn: upload it, or give its copy up if it is there sooner
+    by computing again, in seconds of all jobs together (see `_recompute`)."""
+    group = draft.group
+    if group.config.kv_strategy is KvStrategy.PROACTIVE and job.drops < _MOST_DROPS:
+        compute_s = group.cost.more(0, job.host_tokens) * len(group.queue)
+        if job.host_tokens > job.dropped_at and compute_s < _upload_s(group, job):
+            job.drops += 1
+            job.dropped_at = job.host_tokens
+            draft.operate(KvOpKind.DROP_HOST, job)
+            return
+    draft.operate(KvOpKind.UPLOAD, job)
+
+
 def bring_back(draft: Draft) -> None:
     """Upload jobs that will run soon, the next one first: while plenty is free, and when it is time
     also in place of jobs that will run much later."""
@@ -249,7 +263,7 @@ def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
     if tokens >= group.info.block_size:
         if victim.drops >= _MOST_DROPS:
             return False
-    compute_s = group.cost.more(victim.host_tokens, tokens) * max(group.running, 1)
+    compute_s = group.cost.more(victim.host_tokens, tokens) * len(group.queue)
     blocks = group.to_store(victim)
     copy_s = group.outward.seconds(blocks) + blocks * group.inward.block_s
     if gainer is not None:

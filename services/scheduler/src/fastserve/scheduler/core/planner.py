@@ -142,7 +142,7 @@ def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
             draft.starved.add(job)
             return False
     if job.kv is KvState.HOST:
-        draft.operate(KvOpKind.UPLOAD, job)
+        kv_planner.fetch(draft, job)
         return False
     return True
 

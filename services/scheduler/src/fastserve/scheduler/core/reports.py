@@ -173,6 +173,9 @@ class ReportReader:
             case KvOpKind.DROP_HOST:
                 job.host_tokens = 0
                 group.book_host(job, 0)
+                if job.kv is KvState.HOST:
+                    group.set_kv(job, KvState.DROPPED)
+                    self._tell(job, EventKind.DROPPED, now)
 
     def _offloaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
         if done.status is not KvStatus.OK:
