@@ -66,11 +66,10 @@ class SimWorker:
             tokens, moved = held.computed, max(0, held.computed - held.host)
             end = self._out_free = max(now, self._out_free) + moved * self._seconds_per_token
         elif kind is KvOpKind.COPY_OUT:
-            size = self._info.block_size
-            first = held.host // size
-            end_block = min(held.computed // size, first + blocks)
-            tokens = max(held.host, end_block * size)
-            moved = max(0, end_block - first) * size
+            in_block = self._info.block_size
+            first = held.host // in_block
+            last = min(held.computed // in_block, first + blocks)
+            tokens, moved = max(held.host, last * in_block), max(0, last - first) * in_block
             end = self._out_free = max(now, self._out_free) + moved * self._seconds_per_token
         elif kind is KvOpKind.UPLOAD:
             tokens = moved = min(held.host, held.known - 1)

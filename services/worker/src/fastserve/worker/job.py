@@ -41,7 +41,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class OpResult:
-    """A KV operation that ended; `tokens` on the host (OFFLOAD, COPY_OUT) or the device (UPLOAD)."""
+    """A KV operation that ended; `tokens` on the host (OFFLOAD, COPY_OUT) or device (UPLOAD)."""
 
     op_id: int
     status: OpStatus
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def moving(self) -> bool:
-        """Its KV is on its way or about to be: no row may use it. Copies of full blocks go on beside
+        """Its KV is on its way or about to be: no row may use it. Full blocks may be copied beside
         a row, which writes other blocks only."""
         return any(op.kind is not OpKind.COPY_OUT for op in self.ops)
 

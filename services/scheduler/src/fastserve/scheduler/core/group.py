@@ -221,9 +221,7 @@ class Group:
 
     def full_to_store(self, job: Job) -> int:
         """Of them, those that are full and will not change any more."""
-        return (job.computed - job.host_tokens // self.info.block_size * self.info.block_size) // (
-            self.info.block_size
-        )
+        return job.computed // self.info.block_size - job.host_tokens // self.info.block_size
 
     # --- plans -------------------------------------------------------------------------------
 
@@ -235,7 +233,7 @@ class Group:
         self.planned_at = now
 
     def operation(self, kind: KvOpKind, job: Job, now: float, blocks: int = 0) -> int:
-        """Begin an operation on a job; returns its id. `blocks`: the most that a COPY_OUT copies."""
+        """Begin an operation on a job; returns its id. `blocks`: the most a COPY_OUT copies."""
         self.op_id += 1
         job.op, job.named = kind, True
         op = self.ops[self.op_id] = Operation(kind, job, job.job_id, began=now, blocks=blocks)

@@ -121,8 +121,8 @@ def keep_reserve(draft: Draft) -> None:
 
 
 def fetch(draft: Draft, job: Job) -> None:
-    """A job on the host has room, and its turn: upload it, or give its copy up if it is there sooner
-    by computing again, in seconds of all jobs together (see `_recompute`)."""
+    """A job on the host has room, and its turn: upload it, or give its copy up if computing again
+    is cheaper, in seconds of all jobs together (see `_recompute`)."""
     group = draft.group
     if group.config.kv_strategy is KvStrategy.PROACTIVE and job.drops < _MOST_DROPS:
         compute_s = group.cost.more(0, job.host_tokens) * len(group.queue)
@@ -253,16 +253,16 @@ def _drop(draft: Draft, victim: Job) -> None:
 def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
     """Whether it is cheaper to compute again what the host lacks than to copy it there and back.
 
-    In seconds of all jobs together: computing makes the iterations of all rows longer, a copy keeps
-    the job waiting that wants the blocks. Nobody loses anything twice without having got further.
+    In seconds of all jobs together: computing delays whoever runs or waits for a row, a copy the
+    one job that wants the blocks. Nobody loses anything twice without having got further.
     """
     group = draft.group
     if victim.computed <= victim.dropped_at:
         return False
     tokens = victim.bound(group.pending(victim)) - victim.host_tokens
-    if tokens >= group.info.block_size:
-        if victim.drops >= _MOST_DROPS:
-            return False
+    counts = tokens >= group.info.block_size  # the end of a block is no loss to speak of
+    if counts and victim.drops >= _MOST_DROPS:
+        return False
     compute_s = group.cost.more(victim.host_tokens, tokens) * len(group.queue)
     blocks = group.to_store(victim)
     copy_s = group.outward.seconds(blocks) + blocks * group.inward.block_s
@@ -270,7 +270,7 @@ def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
         copy_s += 2 * group.cost.decode_s  # see `_upload_s`
     if compute_s >= copy_s:
         return False
-    victim.drops += tokens >= group.info.block_size
+    victim.drops += counts
     return True
 
 

@@ -97,11 +97,11 @@ class Newcomers:
 class Pace:
     """How fast blocks may be copied out for which nobody waits, without slowing iterations.
 
-    Copying takes a share of the time. It begins with what cannot do harm even where a copy takes as
-    much from an iteration as it lasts, and grows as long as iterations with copies take, against
-    what the cost model expects, hardly more than those without.
+    Copying takes a share of the time. It begins with what does no harm even where a copy makes
+    iterations longer by as much as it lasts, and grows as long as iterations with copies take
+    hardly more than those without, each against what the cost model expects.
 
-    counts: iterations are compared; where nothing is copied that would be for nothing. copies: those
+    counts: iterations are compared, which is only needed where something is copied. copies: those
     under way.
     """
 

@@ -226,7 +226,10 @@ class SampledToken(NamedTuple):
 
 
 class OpDone(NamedTuple):
-    """A KV operation that ended. `tokens`: OFFLOAD, COPY_OUT: now on the host; UPLOAD: on the device."""
+    """A KV operation that ended.
+
+    `tokens`: OFFLOAD, COPY_OUT: now on the host; UPLOAD: on the device.
+    """
 
     op_id: int
     status: KvStatus
