@@ -25,6 +25,8 @@ from fastserve.proto.v1 import (
 from support.processes import Running, service
 from support.tiny_models import EOS, VOCAB, tiny_model
 from support.worker_driver import (
+    COPY_OUT,
+    DROP_DEVICE,
     LOST,
     NO_HOST_SPACE,
     OFFLOAD,
@@ -166,6 +168,35 @@ async def test_kv_goes_out_and_comes_back(shared: Pod) -> None:
     for direction, blocks in (("out", 7), ("in", 11)):
         name = f'fastserve_swap_bytes_total{{direction="{direction}"}}'
         assert now[name] - metrics.get(name, 0) == blocks * BLOCK_BYTES
+
+
+async def test_full_blocks_go_out_while_the_job_runs_on(shared: Pod) -> None:
+    """A copy in every plan, beside a row of the same job; what comes back gives the same text."""
+    expected = await undisturbed(shared, 40)
+    async with shared.driver() as driver:
+        job = driver.job("a", PROMPT, **SAMPLED)
+        copies = []
+        while len(driver.output[job]) < 30:
+            ran = driver.iterations
+            copies += await driver.plan({job: 7}, [(COPY_OUT, job)], op_blocks=[1])
+            await driver.until(lambda ran=ran: driver.iterations > ran)  # type: ignore[misc]
+        await driver.until(lambda: set(copies) <= set(driver.done))
+        assert not driver.failed
+        assert {driver.done[number].status for number in copies} == {OK}
+        full = (len(PROMPT) + 30 - 1) // BLOCK
+        stored = max(driver.done[number].tokens for number in copies)
+        assert (full - 1) * BLOCK <= stored <= full * BLOCK  # the last may have filled meanwhile
+        assert sum(driver.done[number].bytes for number in copies) == stored // BLOCK * BLOCK_BYTES
+        await driver.op(DROP_DEVICE, job)  # leaving costs no copy
+        other = driver.job("b", PROMPT[::-1] * 4)  # writes every block of the device
+        await driver.generate(other, 19, chunk=64)
+        assert driver.free_device_blocks == 0
+        await driver.op(RELEASE, other)
+        back = await driver.op(UPLOAD, job)
+        assert (back.status, back.tokens) == (OK, stored)
+        assert await driver.generate(job, 40) == expected
+        await driver.op(RELEASE, job)
+        assert (await shared.stats()).committed_slots == 0
 
 
 async def test_a_full_host_refuses_and_the_job_goes_on(shared: Pod) -> None:

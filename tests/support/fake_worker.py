@@ -96,7 +96,8 @@ class _Stream:
     plan_id: int = 0
     last_op: int = 0
     iteration: int = 0
-    pending: list[tuple[int, int, int]] = field(default_factory=list)  # op id, kind, handle
+    # Operation id, kind, handle, blocks.
+    pending: list[tuple[int, int, int, int]] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     refusal: tuple[grpc.StatusCode, str] = (grpc.StatusCode.UNAVAILABLE, "stream broken")
 
@@ -298,11 +299,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         stream.plan_id, stream.lease = plan.plan_id, plan.lease
         for new in plan.new_jobs:
             self._admit(stream, new)
-        for op_id, kind, handle in zip(plan.op_ids, plan.ops, plan.op_handles, strict=True):
+        ops = zip(plan.op_ids, plan.ops, plan.op_handles, plan.op_blocks, strict=True)
+        for op_id, kind, handle, blocks in ops:
             if op_id <= stream.last_op:
                 self.violations.append(f"operation {op_id} after {stream.last_op}")
             stream.last_op = op_id
-            stream.pending.append((op_id, kind, handle))
+            stream.pending.append((op_id, kind, handle, blocks))
             self._jobs[stream.handles[handle]].moving = kind in (
                 worker_pb2.KV_OP_OFFLOAD,
                 worker_pb2.KV_OP_UPLOAD,
@@ -389,9 +391,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     def _complete(self, stream: _Stream, report: worker_pb2.IterationReport) -> None:
         """Operations started before this iteration end with it."""
         pending, stream.pending = stream.pending, []
-        for op_id, kind, handle in pending:
+        for op_id, kind, handle, blocks in pending:
             job = self._jobs[stream.handles[handle]]
-            status, tokens, copied = self._operate(kind, job)
+            status, tokens, copied = self._operate(kind, job, blocks)
             job.moving = False
             if kind == worker_pb2.KV_OP_RELEASE:
                 del self._jobs[stream.handles.pop(handle)]
@@ -402,7 +404,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             report.done_bytes.append(copied * 100)
             report.done_seconds.append(0.0001)
 
-    def _operate(self, kind: int, job: _Job) -> tuple[worker_pb2.KvStatus, int, int]:
+    def _operate(self, kind: int, job: _Job, blocks: int) -> tuple[worker_pb2.KvStatus, int, int]:
         """Status, tokens to report, tokens copied."""
         if kind == worker_pb2.KV_OP_OFFLOAD:
             more = self._blocks(job.computed) - self._blocks(job.host)
@@ -411,6 +413,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             copied = job.computed - job.host
             job.host, job.computed, job.blocks = job.computed, 0, 0
             return worker_pb2.KV_STATUS_OK, job.host, copied
+        if kind == worker_pb2.KV_OP_COPY_OUT:
+            size = self.described.block_size
+            host = max(job.host, min(job.computed // size, job.host // size + blocks) * size)
+            if self._blocks(host) - self._blocks(job.host) > self._free_host():
+                return worker_pb2.KV_STATUS_NO_HOST_SPACE, 0, 0
+            copied, job.host = host - job.host, host
+            return worker_pb2.KV_STATUS_OK, host, copied
         if kind == worker_pb2.KV_OP_UPLOAD:
             if not job.host:
                 return worker_pb2.KV_STATUS_LOST, 0, 0

@@ -15,6 +15,7 @@ OFFLOAD = worker_pb2.KV_OP_OFFLOAD
 UPLOAD = worker_pb2.KV_OP_UPLOAD
 DROP_DEVICE = worker_pb2.KV_OP_DROP_DEVICE
 RELEASE = worker_pb2.KV_OP_RELEASE
+COPY_OUT = worker_pb2.KV_OP_COPY_OUT
 OK = worker_pb2.KV_STATUS_OK
 LOST = worker_pb2.KV_STATUS_LOST
 NO_HOST_SPACE = worker_pb2.KV_STATUS_NO_HOST_SPACE
@@ -100,6 +101,7 @@ class WorkerDriver:
         rows: dict[str, int] | None = None,
         ops: Sequence[tuple[worker_pb2.KvOp, str]] = (),
         lease: int = 1,
+        op_blocks: Sequence[int] = (),
     ) -> list[int]:
         """rows: job id -> most tokens. Returns the ids of the operations."""
         rows = rows or {}
@@ -114,6 +116,7 @@ class WorkerDriver:
             op_ids=numbers,
             ops=[kind for kind, _ in ops],
             op_handles=[self._handles[name] for _, name in ops],
+            op_blocks=op_blocks,
         )
         return list(numbers)
 

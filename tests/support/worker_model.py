@@ -64,6 +64,7 @@ class Held:
     host: int = 0
     device_blocks: int = 0
     host_blocks: int = 0
+    copied_out: int = 0  # tokens on the host when the copy under way is over
     finished: bool = False
     ops: deque[KvOperation] = field(default_factory=deque)
     copying: bool = False
@@ -139,7 +140,8 @@ class WorkerModel:
         for row in plan.rows:
             held = self.held[row.job.job_id]
             assert row.tokens > 0
-            assert not held.ops, "a row for a job whose KV is moving"
+            moving = [op for op in held.ops if op.kind is not KvOpKind.COPY_OUT]
+            assert not moving, "a row for a job whose KV is moving"
             assert held.computed or not held.host or held.finished, "a row without an upload"
 
     def _meet(self, new: Held) -> None:
@@ -158,6 +160,19 @@ class WorkerModel:
                     self._end(job, KvStatus.NO_HOST_SPACE)
                     continue
                 job.host_blocks += max(0, more)
+                job.copying = True
+            elif op.kind is KvOpKind.COPY_OUT:
+                assert op.blocks > 0, "a copy of nothing"
+                full = min(
+                    job.computed // self.info.block_size,
+                    job.host // self.info.block_size + op.blocks,
+                )
+                job.copied_out = max(job.host, full * self.info.block_size)
+                more = max(0, full - job.host_blocks)
+                if more > self.free_host or self.host_refuses:
+                    self._end(job, KvStatus.NO_HOST_SPACE)
+                    continue
+                job.host_blocks += more
                 job.copying = True
             elif op.kind is KvOpKind.UPLOAD and self.device_refuses:
                 self._end(job, KvStatus.NO_DEVICE_SPACE)
@@ -180,6 +195,10 @@ class WorkerModel:
         if op.kind is KvOpKind.OFFLOAD:
             job.host = max(job.host, job.computed)
             job.computed = job.device_blocks = 0
+            self._end(job, KvStatus.OK, job.host)
+        elif op.kind is KvOpKind.COPY_OUT:
+            assert job.computed >= job.copied_out or job.host >= job.copied_out, "freed too early"
+            job.host = job.copied_out
             self._end(job, KvStatus.OK, job.host)
         elif op.kind is KvOpKind.UPLOAD:
             if self.host_loses or not job.host:

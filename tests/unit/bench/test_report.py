@@ -34,7 +34,10 @@ def result(
     arrival, prompt, output, first, end = zip(*jobs, strict=True)
     ends = np.array(end)
     done = ends[~np.isnan(ends)]
-    counts = {"preemptions": 0, "offloaded_tokens": 0, "uploaded_tokens": 0, "recomputed_tokens": 0}
+    counts: dict[str, Any] = {
+        "preemptions": 0, "offloaded_tokens": 0, "uploaded_tokens": 0, "recomputed_tokens": 0,
+        "kv_wait_s": 0.0, "row_s": 0.0,
+    }  # fmt: skip
     return SimResult(
         arrival_s=np.array(arrival),
         prompt_tokens=np.array(prompt),
@@ -61,6 +64,12 @@ def reported(found: SimResult, **more: Any) -> dict[str, Any]:
 
 
 TWO_JOBS = result((1.0, 10, 5, 2.0, 6.0), (2.0, 500, 1, 5.0, 5.0))
+
+
+def test_waiting_for_kv_is_a_share_of_execution() -> None:
+    found = reported(result((0.0, 10, 5, 1.0, 6.0), kv_wait_s=0.5, row_s=5.0))
+    assert (found["kv_wait_s"], found["kv_wait_share"]) == (0.5, 0.1)
+    assert reported(TWO_JOBS)["kv_wait_share"] == 0.0  # nothing ran
 
 
 def test_each_latency_is_what_its_name_says() -> None:

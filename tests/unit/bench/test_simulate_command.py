@@ -121,6 +121,8 @@ class Recorder:
             offloaded_tokens=0,
             uploaded_tokens=0,
             recomputed_tokens=0,
+            kv_wait_s=0.0,
+            row_s=1.0,
             failed=0,
             makespan_s=float(arrival[-1] + 1 - arrival[0]),
         )

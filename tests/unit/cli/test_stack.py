@@ -64,6 +64,7 @@ def test_options_reach_the_services_they_are_for() -> None:
         fair_sharing=False,
         quantum=0.02,
         kv_strategy="reactive",
+        kv_write_through=False,
         max_num_partial_prefills=3,
         api_key_file=Path("/etc/keys"),
         max_num_seqs=4,
@@ -112,6 +113,7 @@ def test_options_reach_the_services_they_are_for() -> None:
             "fair-sharing": "False",
             "quantum": "0.02",
             "kv-strategy": "reactive",
+            "kv-write-through": "False",
             "max-num-partial-prefills": "3",
         },
         "gateway": {
@@ -139,6 +141,7 @@ def test_every_service_understands_its_flags(name: str) -> None:
         fair_sharing=True,
         quantum=0.01,
         kv_strategy="defer",
+        kv_write_through=True,
         max_num_partial_prefills=1,
         api_key_file=Path("keys"),
         host_memory="1G",

@@ -39,12 +39,13 @@ def test_every_option_of_the_core_is_a_setting() -> None:
             *("--look-ahead", "6", "--levels", "8", "--quantum", "0.02", "--quantum-ratio", "3"),
             *("--demotion", "one-level", "--starvation-threshold", "inf"),
             *("--promotion-share", "0.5", "--kv-strategy", "reactive"),
-            *("--kv-reserve-blocks", "12", "--fair-sharing", "off"),
+            *("--kv-reserve-blocks", "12", "--fair-sharing", "off", "--kv-write-through", "off"),
         )
     )
     for field in dataclasses.fields(SchedulerConfig):
         assert getattr(config, field.name) != field.default, field.name
     assert (config.quantum_s, config.kv_reserve_blocks) == (0.02, 12)
+    assert not config.kv_write_through
     assert (config.max_partial_prefills, config.starvation_s) == (5, math.inf)
     assert config.demotion is Demotion.ONE_LEVEL and config.kv_strategy is KvStrategy.REACTIVE
 

@@ -85,7 +85,9 @@ class FakeModel:
             table, end = batch.block_tables[row], batch.context_lens[row]
             assert count > 0, "a row without tokens has no logits"
             used = table[: -(-end // BLOCK)]
-            assert not self._mover.busy & set(used), "a block is used while a copy is under way"
+            written = table[(end - count) // BLOCK : len(used)]
+            assert not self._mover.loading & set(used), "a block is used while it is loaded"
+            assert not self._mover.busy & set(written), "a block is written while it is copied"
             for position in range(end - count, end):
                 slot = pages[table[position // BLOCK], position % BLOCK]
                 slot[0], slot[1] = next(tokens) + 1, position
@@ -121,6 +123,10 @@ class FakeMover:
     @property
     def busy(self) -> set[int]:
         return {block for copy in self.under_way for block in copy.blocks}
+
+    @property
+    def loading(self) -> set[int]:
+        return {block for copy in self.under_way if copy.kind == "load" for block in copy.blocks}
 
     @property
     def inventory(self) -> dict[str, int]:
@@ -247,7 +253,7 @@ class Rig:
     def plan(
         self,
         rows: Sequence[int] | dict[int, int] = (),
-        ops: Sequence[tuple[OpKind, int]] = (),
+        ops: Sequence[tuple[OpKind, int] | tuple[OpKind, int, int]] = (),
         lease: int = 1,
     ) -> list[int]:
         """Put a plan in force (rows: handles, or handle -> tokens); the ids of its operations."""
@@ -255,20 +261,20 @@ class Rig:
         listed = rows.items() if isinstance(rows, dict) else [(handle, 5) for handle in rows]
         first = self.op_id + 1
         self.op_id += len(ops)
-        named = [Op(first + i, kind, handle) for i, (kind, handle) in enumerate(ops)]
+        named = [Op(first + i, *op) for i, op in enumerate(ops)]
         # The engine goes on writing in the lists that it gets.
         new = [replace(job, token_ids=list(job.token_ids)) for job in self._unsent]
         self._unsent.clear()
         self.engine.apply(Plan(self.plan_id, lease, new, list(listed), named))
         return [op.op_id for op in named]
 
-    def op(self, kind: OpKind, handle: int) -> int:
+    def op(self, kind: OpKind, handle: int, blocks: int = 0) -> int:
         """One operation, no rows; its id."""
-        return self.plan(ops=[(kind, handle)])[0]
+        return self.plan(ops=[(kind, handle, blocks)])[0]
 
-    def do(self, kind: OpKind, handle: int) -> OpResult:
+    def do(self, kind: OpKind, handle: int, blocks: int = 0) -> OpResult:
         """One operation, and every copy ended; its result."""
-        number = self.op(kind, handle)
+        number = self.op(kind, handle, blocks)
         self.mover.end_all()
         self.idle()
         return self.ended[number]

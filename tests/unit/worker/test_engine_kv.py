@@ -8,6 +8,7 @@ from fastserve.worker.job import OpKind, OpStatus
 from unit.worker.engine_rig import BLOCK, Rig
 
 OFFLOAD, UPLOAD = OpKind.OFFLOAD, OpKind.UPLOAD
+COPY_OUT = OpKind.COPY_OUT
 DROP_DEVICE, DROP_HOST, RELEASE = OpKind.DROP_DEVICE, OpKind.DROP_HOST, OpKind.RELEASE
 
 
@@ -183,6 +184,76 @@ def test_drop_host_keeps_the_device_copy() -> None:
     assert rig.do(UPLOAD, job).status is OpStatus.LOST
     rig.run({job: 50}, 2)
     rig.check_output()
+
+
+def test_full_blocks_are_copied_out_while_the_job_runs_on() -> None:
+    rig = Rig()
+    job = rig.job(range(2 * BLOCK + 2))
+    rig.run({job: 50}, 1)
+    number = rig.op(COPY_OUT, job, 10)
+    (copy,) = rig.mover.under_way
+    assert len(copy.blocks) == 2  # the third is not full yet, and being written
+    rig.run([job], 3)
+    assert len(rig.output[job]) == 4 and number not in rig.ended
+    rig.check_blocks()
+    rig.mover.end_all()
+    rig.run([job], 1)
+    result = rig.ended[number]
+    assert (result.status, result.tokens) == (OpStatus.OK, 2 * BLOCK)  # not what it has by now
+    # What is on the host already is not copied again when it leaves, and is good.
+    assert rig.do(OFFLOAD, job).bytes == 2 * rig.kv.block_bytes
+    rig.kv.data.fill_(-1)
+    assert rig.do(UPLOAD, job).tokens == 2 * BLOCK + 6
+    rig.run([job], 3)
+    rig.check_output()
+
+
+def test_so_many_blocks_at_the_most_are_copied_out() -> None:
+    rig = Rig(capacity=5)
+    job = rig.job(range(4 * BLOCK + 1))
+    rig.run({job: 50}, 1)
+    assert rig.do(COPY_OUT, job, 3).tokens == 3 * BLOCK
+    assert rig.do(COPY_OUT, job, 3).bytes == rig.kv.block_bytes
+    nothing = rig.do(COPY_OUT, job, 3)
+    assert (nothing.status, nothing.tokens, nothing.bytes) == (OpStatus.OK, 4 * BLOCK, 0)
+    rig.run([job], 2 * BLOCK)
+    refused = rig.do(COPY_OUT, job, 3)
+    assert (refused.status, refused.tokens) == (OpStatus.NO_HOST_SPACE, 0)
+    rig.do(DROP_DEVICE, job)
+    assert rig.do(UPLOAD, job).tokens == 4 * BLOCK  # what was there before is there still
+    rig.run({job: 50}, 3)
+    rig.check_output()
+
+
+def test_blocks_stay_until_their_copy_has_ended_whatever_comes_behind_it() -> None:
+    rig = Rig(blocks=6)
+    job, other = rig.job(range(2 * BLOCK + 1)), rig.job(range(3 * BLOCK))
+    rig.run({job: 50}, 1)
+    rig.plan(ops=[(COPY_OUT, job, 2), (DROP_DEVICE, job)])
+    rig.plan({other: 50})
+    assert rig.engine.pool.free == 3  # nobody may write into what is being copied
+    rig.step()
+    rig.check_blocks()
+    rig.plan({job: 50}, lease=1)
+    rig.idle()
+    assert rig.failed == {job: "a row for a job whose KV is moving"}
+    rig.mover.end_all()
+    assert rig.engine.pool.free == 3
+    assert rig.do(UPLOAD, job).tokens == 2 * BLOCK
+    rig.run([job], 2)
+    rig.check_output()
+
+
+def test_a_new_sidecar_gets_full_blocks_from_the_first_again() -> None:
+    rig = Rig()
+    job = rig.job(range(3 * BLOCK + 1))
+    rig.run({job: 50}, 1)
+    rig.do(COPY_OUT, job, 2)
+    rig.mover.die()
+    assert rig.do(COPY_OUT, job, 9).bytes == 3 * rig.kv.block_bytes
+    number = rig.op(COPY_OUT, job, 9)
+    rig.idle()
+    assert rig.ended[number].tokens == 3 * BLOCK
 
 
 def test_operations_on_one_job_run_one_after_the_other() -> None:

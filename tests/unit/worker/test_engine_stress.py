@@ -15,17 +15,18 @@ from unit.worker.engine_rig import Rig
 BLOCKS = 14
 HOST_BLOCKS = 24
 STEPS = 400
-MOVES = [OpKind.OFFLOAD, OpKind.UPLOAD, OpKind.DROP_DEVICE, OpKind.DROP_HOST]
-MOVE_WEIGHTS = [4, 5, 2, 1]
+MOVES = [OpKind.OFFLOAD, OpKind.UPLOAD, OpKind.DROP_DEVICE, OpKind.DROP_HOST, OpKind.COPY_OUT]
+MOVE_WEIGHTS = [4, 5, 2, 1, 6]
 
 
 class Disturber:
-    """Does what a scheduler may do; rows only for jobs whose operations have ended."""
+    """Does what a scheduler may do; rows only for jobs whose operations have ended, but for copies
+    of full blocks, beside which a job may run."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.rig = Rig(blocks=BLOCKS, capacity=HOST_BLOCKS)
-        self.moving: dict[int, int] = {}  # op id -> handle
+        self.moving: dict[int, tuple[OpKind, int]] = {}  # by op id: what, and the handle
         self.live: list[int] = []
         self.happened: Counter[str] = Counter()
 
@@ -54,6 +55,8 @@ class Disturber:
             self.rig.idle()
         for number in [number for number in self.moving if number in self.rig.ended]:
             self.happened[self.rig.ended[number].status.name] += 1
+            if self.moving[number][0] is OpKind.COPY_OUT and self.rig.ended[number].bytes:
+                self.happened["COPY_OUT"] += 1
             del self.moving[number]
 
     def some(self, share: float) -> list[int]:
@@ -69,10 +72,12 @@ class Disturber:
             self.rig.plan()
 
     def iterate(self) -> None:
-        moving = set(self.moving.values())
+        moving = {handle for kind, handle in self.moving.values() if kind is not OpKind.COPY_OUT}
+        beside = {handle for _, handle in self.moving.values()} - moving
         rows = {
             handle: self.random.randint(1, 8) for handle in self.some(0.7) if handle not in moving
         }
+        self.happened["beside"] += len(beside & set(rows))
         self.rig.plan(rows, lease=self.random.randint(1, 5))
         self.iterate_again()
 
@@ -84,8 +89,9 @@ class Disturber:
         count = self.random.choice([1, 1, 2, 3])
         handles = self.random.choices(self.live, k=count) if self.live else []
         kinds = self.random.choices(MOVES, MOVE_WEIGHTS, k=len(handles))
-        numbers = self.rig.plan(ops=list(zip(kinds, handles, strict=True)))
-        self.moving.update(zip(numbers, handles, strict=True))
+        ops = list(zip(kinds, handles, strict=True))
+        numbers = self.rig.plan(ops=[(*op, self.random.randint(1, 3)) for op in ops])
+        self.moving.update(zip(numbers, ops, strict=True))
 
     def end_a_copy(self) -> None:
         if self.rig.mover.under_way:
@@ -94,7 +100,7 @@ class Disturber:
     def release(self) -> None:
         if self.live:
             handle = self.live.pop(self.random.randrange(len(self.live)))
-            self.moving[self.rig.op(OpKind.RELEASE, handle)] = handle
+            self.moving[self.rig.op(OpKind.RELEASE, handle)] = (OpKind.RELEASE, handle)
 
     def sidecar_dies(self) -> None:
         self.rig.mover.die()
@@ -149,4 +155,5 @@ def test_the_disturbances_do_happen() -> None:
         disturber = Disturber(seed)
         disturber.run()
         happened += disturber.happened
-    assert {"OK", "LOST", "NO_HOST_SPACE", "NO_DEVICE_SPACE", "stalled"} <= set(happened)
+    expected = {"OK", "LOST", "NO_HOST_SPACE", "NO_DEVICE_SPACE", "stalled", "COPY_OUT", "beside"}
+    assert expected <= set(happened)

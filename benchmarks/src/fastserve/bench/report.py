@@ -136,6 +136,8 @@ def report(
         "ttft_short_s": summary(found["ttft_s"][short]),
         "ttft_light_s": summary(found["ttft_s"][light]),
         "per_token_light_s": summary(found["per_token_s"][light]),
+        "kv_wait_s": result.kv_wait_s,
+        "kv_wait_share": result.kv_wait_s / result.row_s if result.row_s else 0.0,
         "moved_bytes": moved * kv_bytes_per_token,
         "jain_index": jain_index(found["per_token_s"], result.tenants),
         "service_jain_index": service_jain_index(result),
@@ -188,6 +190,8 @@ def _rest(found: dict[str, Any]) -> str:
         f"KV to the host      {found['offloaded_tokens']:,} tokens",
         f"KV from the host    {found['uploaded_tokens']:,} tokens",
         f"KV recomputed       {found['recomputed_tokens']:,} tokens",
+        f"waiting for KV      {found['kv_wait_s']:,.1f} s, "
+        f"{found['kv_wait_share']:.2%} of the time of execution",
         f"bytes moved         {found['moved_bytes'] / 1e9:,.2f} GB",
     ]
     if found["tenants"] > 1 and found["jain_index"] is not None:

@@ -95,6 +95,15 @@ def up(
         str | None,
         typer.Option(help="proactive, reactive, recompute or defer.", rich_help_panel=_ORDER),
     ] = None,
+    kv_write_through: Annotated[
+        bool | None,
+        typer.Option(
+            "--kv-write-through/--no-kv-write-through",
+            help="Copy full KV blocks to the host ahead of need.",
+            show_default=False,
+            rich_help_panel=_ORDER,
+        ),
+    ] = None,
     max_num_partial_prefills: Annotated[
         int | None,
         typer.Option(
@@ -203,6 +212,7 @@ def up(
         fair_sharing=fair_sharing,
         quantum=quantum,
         kv_strategy=kv_strategy,
+        kv_write_through=kv_write_through,
         max_num_partial_prefills=max_num_partial_prefills,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

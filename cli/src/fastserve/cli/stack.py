@@ -41,6 +41,7 @@ class Options:
     fair_sharing: bool | None = None
     quantum: float | None = None
     kv_strategy: str | None = None
+    kv_write_through: bool | None = None
     max_num_partial_prefills: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -154,6 +155,7 @@ def specs(options: Options, run: Path) -> list[Spec]:
             fair_sharing=options.fair_sharing,
             quantum=options.quantum,
             kv_strategy=options.kv_strategy,
+            kv_write_through=options.kv_write_through,
             max_num_partial_prefills=options.max_num_partial_prefills,
             **level,
         )

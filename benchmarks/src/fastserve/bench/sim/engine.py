@@ -148,6 +148,7 @@ class _Simulation:
         jobs, counters = self._jobs, self._core.counters
         preemptions = sum(n for name, n in counters.items() if name.startswith("preemptions."))
         done = self._end[~np.isnan(self._end)]
+        kv_wait_s, row_s = self._core.kv_wait()
         return SimResult(
             arrival_s=np.array([job.arrival_s for job in jobs]),
             prompt_tokens=np.array([job.prompt_tokens for job in jobs], dtype=np.int64),
@@ -158,9 +159,11 @@ class _Simulation:
             served_s=self._served,
             tenants=[job.tenant for job in jobs],
             preemptions=preemptions,
-            offloaded_tokens=counters["tokens.offload"],
+            offloaded_tokens=counters["tokens.offload"] + counters["tokens.copy_out"],
             uploaded_tokens=counters["tokens.upload"],
             recomputed_tokens=counters["tokens.recomputed"],
+            kv_wait_s=kv_wait_s,
+            row_s=row_s,
             failed=self._failed,
             makespan_s=float(done.max() - jobs[0].arrival_s) if done.size else 0.0,
         )

@@ -60,5 +60,7 @@ class SimResult:
     offloaded_tokens: int
     uploaded_tokens: int
     recomputed_tokens: int
+    kv_wait_s: float  # that the first in the order waited for KV on its way, over all jobs
+    row_s: float  # of execution, likewise
     failed: int
     makespan_s: float  # first arrival to last end

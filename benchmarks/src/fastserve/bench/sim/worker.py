@@ -55,15 +55,21 @@ class SimWorker:
     def receive(self, plan: Plan, now: float) -> None:
         self._plan_id, self._lease = plan.plan_id, plan.lease
         for op in plan.ops:
-            self._begin(op.kind, op.op_id, op.job_id, now)
+            self._begin(op.kind, op.op_id, op.job_id, op.blocks, now)
         held = self._held
         self._rows = [(held[job.spec.job_id], tokens) for job, tokens in plan.rows]
 
-    def _begin(self, kind: KvOpKind, op_id: int, job_id: str, now: float) -> None:
+    def _begin(self, kind: KvOpKind, op_id: int, job_id: str, blocks: int, now: float) -> None:
         held = self._held[job_id]
         end, tokens, moved = now, 0, 0
         if kind is KvOpKind.OFFLOAD:
             tokens, moved = held.computed, max(0, held.computed - held.host)
+            end = self._out_free = max(now, self._out_free) + moved * self._seconds_per_token
+        elif kind is KvOpKind.COPY_OUT:
+            in_block = self._info.block_size
+            first = held.host // in_block
+            last = min(held.computed // in_block, first + blocks)
+            tokens, moved = max(held.host, last * in_block), max(0, last - first) * in_block
             end = self._out_free = max(now, self._out_free) + moved * self._seconds_per_token
         elif kind is KvOpKind.UPLOAD:
             tokens = moved = min(held.host, held.known - 1)
@@ -137,6 +143,8 @@ class SimWorker:
         for _, done, held, kind in over:
             if kind is KvOpKind.OFFLOAD:
                 held.host, held.computed = max(held.host, held.computed), 0
+            elif kind is KvOpKind.COPY_OUT:
+                held.host = done.tokens
             elif kind is KvOpKind.UPLOAD:
                 held.computed = done.tokens
             elif kind is KvOpKind.DROP_HOST:

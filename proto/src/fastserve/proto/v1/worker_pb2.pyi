@@ -16,6 +16,7 @@ class KvOp(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_OP_DROP_DEVICE: _ClassVar[KvOp]
     KV_OP_DROP_HOST: _ClassVar[KvOp]
     KV_OP_RELEASE: _ClassVar[KvOp]
+    KV_OP_COPY_OUT: _ClassVar[KvOp]
 
 class KvStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -30,6 +31,7 @@ KV_OP_UPLOAD: KvOp
 KV_OP_DROP_DEVICE: KvOp
 KV_OP_DROP_HOST: KvOp
 KV_OP_RELEASE: KvOp
+KV_OP_COPY_OUT: KvOp
 KV_STATUS_UNSPECIFIED: KvStatus
 KV_STATUS_OK: KvStatus
 KV_STATUS_NO_HOST_SPACE: KvStatus
@@ -105,7 +107,7 @@ class RunResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[IterationReport, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard")
+    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard", "op_blocks")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +119,7 @@ class Plan(_message.Message):
     OPS_FIELD_NUMBER: _ClassVar[int]
     OP_HANDLES_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    OP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     plan_id: int
     scheduler_epoch: int
     reset: bool
@@ -128,7 +131,8 @@ class Plan(_message.Message):
     ops: _containers.RepeatedScalarFieldContainer[KvOp]
     op_handles: _containers.RepeatedScalarFieldContainer[int]
     shard: str
-    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ...) -> None: ...
+    op_blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., op_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("handle", "job_id", "token_ids", "prompt_len", "sampling", "traceparent")

@@ -267,4 +267,5 @@ def core_config(settings: SchedulerSettings) -> SchedulerConfig:
         promotion_share=settings.promotion_share,
         kv_strategy=KvStrategy(settings.kv_strategy),
         kv_reserve_blocks=settings.kv_reserve_blocks,
+        kv_write_through=settings.kv_write_through,
     )

@@ -93,8 +93,13 @@ class SchedulerSettings(ServiceSettings):
     kv_reserve_blocks: int | None = Field(
         default=None,
         ge=0,
-        description="device blocks kept idle for newcomers, or auto: as recent ones needed "
-        "(default: auto)",
+        description="device blocks kept idle for newcomers and growing rows, or auto: what recent "
+        "ones take while others leave (default: auto)",
+    )
+    kv_write_through: CliExplicitFlag[bool] = Field(
+        default=True,
+        description="on: while memory is short, full KV blocks are copied to the host ahead of "
+        "need (proactive only)",
     )
 
     @field_validator("quantum", "kv_reserve_blocks", mode="before")

@@ -39,6 +39,7 @@ _OPS: Final = {
     KvOpKind.DROP_DEVICE: worker_pb2.KV_OP_DROP_DEVICE,
     KvOpKind.DROP_HOST: worker_pb2.KV_OP_DROP_HOST,
     KvOpKind.RELEASE: worker_pb2.KV_OP_RELEASE,
+    KvOpKind.COPY_OUT: worker_pb2.KV_OP_COPY_OUT,
 }
 _STATUS: Final = {
     worker_pb2.KV_STATUS_OK: KvStatus.OK,
@@ -125,6 +126,7 @@ class StreamCodec:
             wire.op_ids.append(op.op_id)
             wire.ops.append(_OPS[op.kind])
             wire.op_handles.append(handle)
+            wire.op_blocks.append(op.blocks)
             if op.kind is KvOpKind.RELEASE:
                 self._releases[op.op_id] = handle
         return request

@@ -315,7 +315,7 @@ def _why_not(job: Job | None, tokens: int) -> str:
         return "a row names an unknown job"
     if tokens < 1:
         return "a row with no tokens"
-    if job.ops:
+    if job.moving:
         return "a row for a job whose KV is moving"
     if not job.tokens:
         return "a row for a job without tokens"

@@ -17,6 +17,7 @@ class OpKind(Enum):
     DROP_DEVICE = auto()
     DROP_HOST = auto()
     RELEASE = auto()
+    COPY_OUT = auto()
 
 
 class OpStatus(Enum):
@@ -30,16 +31,17 @@ class OpStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A KV operation the scheduler asked for."""
+    """A KV operation the scheduler asked for; `blocks`: the most that a COPY_OUT copies."""
 
     op_id: int
     kind: OpKind
     handle: int
+    blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class OpResult:
-    """A KV operation that ended; `tokens` on the host (OFFLOAD) or the device (UPLOAD)."""
+    """A KV operation that ended; `tokens` on the host (OFFLOAD, COPY_OUT) or device (UPLOAD)."""
 
     op_id: int
     status: OpStatus
@@ -54,7 +56,7 @@ class Job:
 
     tokens: prompt, then output. computed: how many of them have KV in `blocks`, in order.
     host_tokens: how many have committed KV on the host. ops: KV operations not ended yet, oldest
-    first; the first is under way if `copying`, and until it ends its blocks belong to the copy.
+    first; the first is under way if `copying`, and until it ends no block of the job is freed.
     """
 
     job_id: str
@@ -70,6 +72,12 @@ class Job:
     finished: bool = False
     copying: bool = False
     ops: deque[Op] = field(default_factory=deque)
+
+    @property
+    def moving(self) -> bool:
+        """Its KV is on its way or about to be: no row may use it. Full blocks may be copied beside
+        a row, which writes other blocks only."""
+        return any(op.kind is not OpKind.COPY_OUT for op in self.ops)
 
     @property
     def output_ids(self) -> list[int]:

@@ -73,6 +73,8 @@ class KvOps:
             match op.kind:
                 case OpKind.OFFLOAD:
                     self._offload(job, op)
+                case OpKind.COPY_OUT:
+                    self._copy_out(job, op)
                 case OpKind.UPLOAD:
                     self._upload(job, op)
                 case OpKind.DROP_DEVICE:
@@ -105,6 +107,18 @@ class KvOps:
             return
         self._copy(job, lambda done: self._mover.store(job.job_id, refs, done), op)
 
+    def _copy_out(self, job: Job, op: Op) -> None:
+        """Full blocks are written once, so a row of the job may go on beside the copy."""
+        self._forget_lost(job)
+        size = self._block_size
+        first = job.host_tokens // size  # a part-filled block that is full by now is stored again
+        end = min(job.computed // size, first + op.blocks)
+        if end <= first:
+            self._end(job, op, OpStatus.OK, job.host_tokens)
+            return
+        refs = [BlockRef(i, job.blocks[i], size) for i in range(first, end)]
+        self._copy(job, lambda done: self._mover.store(job.job_id, refs, done), op, end * size)
+
     def _upload(self, job: Job, op: Op) -> None:
         self._forget_lost(job)
         if job.blocks or not job.host_tokens:
@@ -119,24 +133,28 @@ class KvOps:
         blocks = list(job.blocks)
         self._copy(job, lambda done: self._mover.load(job.job_id, blocks, done), op)
 
-    def _copy(self, job: Job, start: Callable[[CopyDone], None], op: Op) -> None:
+    def _copy(self, job: Job, start: Callable[[CopyDone], None], op: Op, stored: int = 0) -> None:
+        """stored: tokens on the host when a COPY_OUT is over."""
         job.copying = True
         self.copies += 1
 
         def done(status: OpStatus, copied: Copied) -> None:
             self.copies -= 1
             job.copying = False
-            self._copied(job, op, status, copied)
+            self._copied(job, op, status, copied, stored)
             self._start(job)
 
         start(done)
 
-    def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied) -> None:
+    def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied, stored: int) -> None:
         tokens = 0
         if op.kind is OpKind.OFFLOAD and status is OpStatus.OK:
             job.host_tokens = tokens = job.computed
             job.host_generation = self._mover.generation
             self._free_device(job)
+        elif op.kind is OpKind.COPY_OUT and status is OpStatus.OK:
+            job.host_tokens = tokens = stored
+            job.host_generation = self._mover.generation
         elif op.kind is OpKind.UPLOAD and status is OpStatus.OK:
             # The last known token is computed again: its logits are the next token's.
             job.computed = tokens = min(job.host_tokens, max(0, len(job.tokens) - 1))

@@ -13,6 +13,7 @@ _OPS = {
     worker_pb2.KV_OP_DROP_DEVICE: OpKind.DROP_DEVICE,
     worker_pb2.KV_OP_DROP_HOST: OpKind.DROP_HOST,
     worker_pb2.KV_OP_RELEASE: OpKind.RELEASE,
+    worker_pb2.KV_OP_COPY_OUT: OpKind.COPY_OUT,
 }
 _STATUS = {
     OpStatus.OK: worker_pb2.KV_STATUS_OK,
@@ -37,6 +38,9 @@ def plan_from(message: worker_pb2.Plan) -> Plan:
         raise BadPlan("row_handles and row_tokens differ in length")
     if not len(message.op_ids) == len(message.ops) == len(message.op_handles):
         raise BadPlan("op_ids, ops and op_handles differ in length")
+    op_blocks = message.op_blocks or [0] * len(message.ops)
+    if len(op_blocks) != len(message.ops):
+        raise BadPlan("op_blocks and ops differ in length")
     if len(set(message.row_handles)) != len(message.row_handles):
         raise BadPlan("a job has two rows")
     unknown = [op for op in message.ops if op not in _OPS]
@@ -48,9 +52,9 @@ def plan_from(message: worker_pb2.Plan) -> Plan:
         new_jobs=[_job_from(job) for job in message.new_jobs],
         rows=list(zip(message.row_handles, message.row_tokens, strict=True)),
         ops=[
-            Op(op_id, _OPS[kind], handle)
-            for op_id, kind, handle in zip(
-                message.op_ids, message.ops, message.op_handles, strict=True
+            Op(op_id, _OPS[kind], handle, blocks)
+            for op_id, kind, handle, blocks in zip(
+                message.op_ids, message.ops, message.op_handles, op_blocks, strict=True
             )
         ],
     )

@@ -116,6 +116,10 @@ class CostModel:
             for start in range(0, tokens, budget)
         )
 
+    def more(self, start: int, tokens: int) -> float:
+        """Seconds by which so many prompt tokens after `start` make an iteration longer."""
+        return self.seconds(chunk(start, tokens)) - max(self._weights[0], 0.0)
+
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from a measured iteration."""
         if seconds <= 0 or not (work.rows or work.prefill_tokens):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fastserve.scheduler.core.enst import next_scheduled
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key
@@ -22,6 +24,7 @@ class Draft:
     """
 
     group: Group
+    now: float
     head: Sequence[Job] = ()  # the first of the order
     rows: list[PlanRow] = field(default_factory=list)
     chosen: set[Job] = field(default_factory=set)  # those of `rows`
@@ -29,7 +32,9 @@ class Draft:
     set_aside: int = 0
     kept: int = 0
     starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
+    promised: set[Job] = field(default_factory=set)  # of them, those that room comes for
     evicted: dict[Job, PreemptMode] = field(default_factory=dict)
+    times: dict[Job, float] = field(default_factory=dict)  # see `next_at`
     ranks: dict[Job, int] = field(default_factory=dict)  # of `head`, once somebody asked
 
     def place(self, job: Job) -> Key:
@@ -39,6 +44,18 @@ class Draft:
         if not self.ranks:
             self.ranks = {job: rank for rank, job in enumerate(self.head)}
         return (self.ranks.get(job, len(self.head)), *self.group.queue.position(job))
+
+    def next_at(self, job: Job) -> float:
+        """Seconds until it runs next, by estimate; infinite for those that were not looked at, who
+        come later than all others and in the order of `place`."""
+        self.looked_at()
+        return self.times.get(job, math.inf)
+
+    def looked_at(self) -> Iterable[Job]:
+        """Jobs with an estimate of their own."""
+        if not self.times:
+            self.times = next_scheduled(self.group, self.head, self.now)
+        return self.times
 
     def spare(self, *, resident: bool = False) -> int:
         """Device blocks for whoever comes next in the order.
@@ -60,7 +77,7 @@ class Draft:
     def operate(self, kind: KvOpKind, job: Job) -> None:
         """Begin an operation on a job without one; book what it moves."""
         group = self.group
-        self.ops.append(KvOperation(group.operation(kind, job), kind, job.job_id))
+        self.ops.append(KvOperation(group.operation(kind, job, self.now), kind, job.job_id))
         match kind:
             case KvOpKind.OFFLOAD:
                 group.book_host(job, host_need(group, job))
@@ -73,6 +90,14 @@ class Draft:
                 group.set_kv(job, KvState.HOST if job.host_tokens else KvState.DROPPED)
                 kept = job.host_tokens > 0
                 self.evicted[job] = PreemptMode.SWAP if kept else PreemptMode.RECOMPUTE
+
+    def copy_out(self, job: Job, blocks: int) -> None:
+        """Copy the next full blocks of a job that stays where it is."""
+        group = self.group
+        op_id = group.operation(KvOpKind.COPY_OUT, job, self.now, blocks)
+        self.ops.append(KvOperation(op_id, KvOpKind.COPY_OUT, job.job_id, blocks))
+        partial = bool(job.host_tokens % group.info.block_size)  # it is stored anew first
+        group.book_host(job, group.blocks(job.host_tokens) + partial + blocks)
 
     def release_ended(self) -> None:
         """Free what jobs that are over still hold, before anything else."""

@@ -10,6 +10,7 @@ from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.fair_queue import FairQueue
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies import Policy, policy_named
+from fastserve.scheduler.core.transfers import Newcomers, Pace, Transfers
 from fastserve.scheduler.core.types import (
     JobState,
     KvOpKind,
@@ -21,8 +22,9 @@ from fastserve.scheduler.core.types import (
 
 _ON_DEVICE = frozenset({KvState.DEVICE, KvState.OFFLOADING, KvState.UPLOADING})
 _FROM_HOST = frozenset({KvState.HOST, KvState.UPLOADING})
-# A newcomer counts so much in the average size of newcomers.
-_NEWCOMER_WEIGHT = 0.1
+# Decode iterations of a job before any was seen to end, and the newest one's share in the mean.
+_FIRST_GUESS = 256
+_NEWEST = 0.01
 
 
 @dataclass(slots=True)
@@ -52,6 +54,8 @@ class Operation:
     job: Job | None
     job_id: str
     leftover: Leftover | None = None
+    began: float = 0.0  # the plan that holds it was made
+    blocks: int = 0  # to be copied
 
 
 @dataclass(slots=True)
@@ -82,7 +86,15 @@ class Group:
     to_drop: list[Job] = field(default_factory=list)
     host_reopens: float = 0.0  # when a host that refused blocks is tried again
     host_closed: bool = False
-    newcomer_blocks: float = 0.0  # average of those that were let in
+    outward: Transfers = field(default_factory=Transfers)
+    inward: Transfers = field(default_factory=Transfers)
+    pace: Pace = field(default_factory=Pace)
+    newcomers: Newcomers = field(default_factory=Newcomers)
+    mean_service_s: float = field(init=False)  # of jobs that ended
+    planned_at: float = 0.0  # the last plan was made then
+    held_up: int = 0  # jobs among the first of the order, since then, that wait for a copy
+    kv_wait_s: float = 0.0  # seconds of such waits, all jobs together
+    row_s: float = 0.0  # seconds with a row, likewise
 
     def __post_init__(self) -> None:
         info, config = self.info, self.config
@@ -94,6 +106,7 @@ class Group:
             budget=self.max_tokens,
             place=self.next_place,
         )
+        self.mean_service_s = _FIRST_GUESS * self.cost.decode_s
         self.queue = FairQueue(
             self.policy.key,
             fair=config.fair_sharing and self.policy.fair,
@@ -135,6 +148,7 @@ class Group:
         self.queue.remove(job)
         del self.jobs[job.job_id]
         self.policy.leave(job)
+        self.mean_service_s += _NEWEST * (job.attained - self.mean_service_s)
         job.row = None  # which holds the job
         self.running -= job.state is JobState.RUNNING
         self.waiting.pop(job, None)
@@ -211,21 +225,42 @@ class Group:
         self.host_used += blocks - job.host_booked
         job.host_booked = blocks
 
-    def note_newcomer(self, job: Job) -> None:
-        """Its KV cache begins to grow: remember how much that took at once."""
-        blocks = self.blocks(job.known_len)
-        if not self.newcomer_blocks:
-            self.newcomer_blocks = blocks
-        self.newcomer_blocks += _NEWCOMER_WEIGHT * (blocks - self.newcomer_blocks)
+    def to_store(self, job: Job) -> int:
+        """Blocks that are not on the host yet, or not as they are now."""
+        return self.blocks(job.computed) - job.host_tokens // self.info.block_size
+
+    def full_to_store(self, job: Job) -> int:
+        """Of them, those that are full and will not change any more."""
+        return job.computed // self.info.block_size - job.host_tokens // self.info.block_size
 
     # --- plans -------------------------------------------------------------------------------
 
-    def operation(self, kind: KvOpKind, job: Job) -> int:
-        """Begin an operation on a job; returns its id."""
+    def clock(self, now: float) -> None:
+        """Count the time since the last plan was made."""
+        seconds = now - self.planned_at
+        self.kv_wait_s += self.held_up * seconds
+        self.row_s += self.running * seconds
+        self.planned_at = now
+
+    def operation(self, kind: KvOpKind, job: Job, now: float, blocks: int = 0) -> int:
+        """Begin an operation on a job; returns its id. `blocks`: the most a COPY_OUT copies."""
         self.op_id += 1
         job.op, job.named = kind, True
-        self.ops[self.op_id] = Operation(kind, job, job.job_id)
+        op = self.ops[self.op_id] = Operation(kind, job, job.job_id, began=now, blocks=blocks)
+        if kind is KvOpKind.OFFLOAD:
+            op.blocks = max(0, self.to_store(job))
+        elif kind is KvOpKind.UPLOAD:
+            op.blocks = self.blocks(job.host_tokens)
+        channel = self.channel(kind)
+        if channel is not None:
+            channel.pending += op.blocks
         return self.op_id
+
+    def channel(self, kind: KvOpKind) -> Transfers | None:
+        """That of copies of this kind."""
+        if kind in (KvOpKind.OFFLOAD, KvOpKind.COPY_OUT):
+            return self.outward
+        return self.inward if kind is KvOpKind.UPLOAD else None
 
     def release(self, job_id: str, leftover: Leftover) -> int:
         """Begin the release of a job that is over; returns the id of the operation."""

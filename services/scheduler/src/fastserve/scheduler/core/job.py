@@ -22,6 +22,7 @@ class Job:
         "booked",
         "boosted",
         "computed",
+        "dropped_at",
         "drops",
         "handicap",
         "host_booked",
@@ -81,6 +82,7 @@ class Job:
         self.computed = 0  # tokens in device KV, as last reported
         self.host_tokens = 0  # committed tokens on the host
         self.drops = 0  # times it lost its KV cache to make room
+        self.dropped_at = 0  # tokens that were computed when it last lost some
         self.peak = 0  # most tokens that were ever computed
         self.op: KvOpKind | None = None  # the KV operation under way: one at a time
         self.last_plan = 0  # the newest plan of its group that has a row for it

@@ -1,12 +1,14 @@
 """Who leaves the device, and who comes back: KV operations of a plan.
 
-Jobs are ordered by when they will run next, as far as the policy's order tells: the last of it
-leave first, the first come back first. Three occasions:
+Jobs are ordered by when they will run next, by estimate (`enst.py`): the last leave first, the
+first come back first. Three occasions:
 - a job that should run has no room: worse ones leave, at once and for it;
-- ahead of need, few blocks are free: jobs without a row leave until a reserve is free, so that the
-  next newcomer finds room;
-- ahead of need, many blocks are free: jobs on the host that are next in the order come back.
-The last wants twice the reserve to be left, so that no job goes to and fro.
+- ahead of need, few blocks are free: jobs without a row leave until a reserve is free, so that
+  newcomers and growing rows find room while others are still leaving;
+- ahead of need, jobs on the host come back: while plenty is free, and when an upload would end no
+  sooner than they are to run also in place of jobs that run so much later that they can be back.
+Plenty is twice the reserve, and who leaves for a job that comes back has time for both ways, so
+that no job goes to and fro.
 
 With no room on the host either, a job that leaves loses what was computed. Jobs that take turns in
 that would never end, so a job loses it only a few times for younger ones, and the oldest never
@@ -15,9 +17,10 @@ loses it again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 
 from fastserve.scheduler.core.draft import Draft, host_need
+from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.types import JobState, KvOpKind, KvState, KvStrategy
 
@@ -56,17 +59,59 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     return coming
 
 
+def write_through(draft: Draft) -> None:
+    """Copy full blocks of jobs that may have to leave, while nothing else leaves: the last to run
+    first. They stay on the device; leaving is quicker then."""
+    group = draft.group
+    config, pace = group.config, group.pace
+    pace.counts = (
+        config.kv_write_through
+        and config.kv_strategy is KvStrategy.PROACTIVE
+        and group.info.host_blocks > 0
+        and _full_soon(draft)
+    )
+    if not pace.counts or group.outward.pending:
+        return
+    missing = [job for job in group.resident if job.op is None and group.full_to_store(job) > 0]
+    left = min(pace.blocks(group.outward.block_s, draft.now), group.host_free) if missing else 0
+    while left > 0 and missing:
+        job = max(missing, key=lambda job: (draft.next_at(job), draft.place(job)))
+        missing.remove(job)
+        blocks = min(left, group.full_to_store(job))
+        draft.copy_out(job, blocks)
+        pace.copies += 1
+        left -= blocks
+
+
+def _full_soon(draft: Draft) -> bool:
+    """Whether the device may be full before all that is on it could be copied out at this pace."""
+    group = draft.group
+    growth = group.running / group.cost.decode_s / group.info.block_size
+    taken_per_s = group.newcomers.blocks_per_s(draft.now) + growth
+    copy_s = group.device_used * group.outward.block_s / group.pace.share
+    return group.free <= taken_per_s * copy_s or draft.spare() <= reserve_blocks(group, draft.now)
+
+
+def held_up(draft: Draft) -> int:
+    """Jobs among the first of the order, as many as there are rows, that have no row since KV is on
+    its way: their own, or that of others who make room."""
+    group = draft.group
+    if not group.ops and not draft.promised:
+        return 0
+    moving = (KvOpKind.OFFLOAD, KvOpKind.UPLOAD)
+    return sum(
+        job not in draft.chosen and (job.op in moving or job in draft.promised)
+        for job in draft.head[: group.max_rows]
+    )
+
+
 def keep_reserve(draft: Draft) -> None:
     """Let jobs without a row leave until the reserve is or will be free."""
-    reserve = _reserve(draft)
+    reserve = reserve_blocks(draft.group, draft.now)
     missing = min(reserve, reserve - draft.spare() - draft.leaving)
     if missing <= 0:
         return
-    idle = [
-        job
-        for job in _victims(draft)
-        if job.state is not JobState.RUNNING and job not in draft.starved
-    ]
+    idle = _idle(draft)
     for victim in idle:
         booked = victim.booked
         if missing <= 0:
@@ -75,35 +120,100 @@ def keep_reserve(draft: Draft) -> None:
             missing -= booked
 
 
-def bring_back(draft: Draft, next_jobs: Iterable[Job]) -> None:
-    """Upload jobs that will run soon, in their order, while plenty is free."""
+def fetch(draft: Draft, job: Job) -> None:
+    """A job on the host has room, and its turn: upload it, or give its copy up if computing again
+    is cheaper, in seconds of all jobs together (see `_recompute`)."""
+    group = draft.group
+    if group.config.kv_strategy is KvStrategy.PROACTIVE and job.drops < _MOST_DROPS:
+        compute_s = group.cost.more(0, job.host_tokens) * len(group.queue)
+        if job.host_tokens > job.dropped_at and compute_s < _upload_s(group, job):
+            job.drops += 1
+            job.dropped_at = job.host_tokens
+            draft.operate(KvOpKind.DROP_HOST, job)
+            return
+    draft.operate(KvOpKind.UPLOAD, job)
+
+
+def bring_back(draft: Draft) -> None:
+    """Upload jobs that will run soon, the next one first: while plenty is free, and when it is time
+    also in place of jobs that will run much later."""
     group = draft.group
     if not group.host_used:
         return
-    left = 2 * _reserve(draft)
-    for job in next_jobs:
-        if job.kv is KvState.HOST and job.op is None:
-            if draft.spare() - group.need(job, group.config.lease) < left:
-                break
-            draft.operate(KvOpKind.UPLOAD, job)
+    reserve = reserve_blocks(group, draft.now)
+    soon = sorted(
+        (draft.next_at(job), draft.place(job), job)
+        for job in draft.looked_at()
+        if job.kv is KvState.HOST and job.op is None and job not in draft.starved
+    )
+    victims: list[Job] | None = None
+    for next_at, _, job in soon:
+        need = group.need(job, group.config.lease)
+        short = need - draft.spare()
+        if short + 2 * reserve > 0:
+            if next_at > _upload_s(group, job):
+                return
+            if victims is None:
+                victims = _idle(draft)
+            if short + reserve > 0 and not _swap(draft, victims, short + reserve, next_at, job):
+                return
+            if need > draft.spare():
+                continue
+        draft.operate(KvOpKind.UPLOAD, job)
 
 
-def _reserve(draft: Draft) -> int:
-    """Idle blocks to keep: as configured, or else room for an average newcomer and for the growth
-    of all rows during a lease."""
-    group = draft.group
+def _upload_s(group: Group, job: Job) -> float:
+    """Seconds until it can run if its upload begins now."""
+    copied = group.inward.seconds(group.blocks(job.host_tokens))
+    # It begins at the end of an iteration, and is seen to be over at the end of another one.
+    return copied + 2 * group.cost.decode_s
+
+
+def _swap(draft: Draft, victims: list[Job], short: int, next_at: float, job: Job) -> bool:
+    """Let jobs leave that will run so much later than `job` that they can be back by then."""
+    short -= draft.leaving
+    leave = []
+    for victim in victims:
+        if short <= 0:
+            break
+        back = draft.next_at(victim) - _upload_s(draft.group, victim)
+        if victim.op is None and back > next_at and draft.place(victim) > draft.place(job):
+            leave.append(victim)
+            short -= victim.booked
+    if short > 0:
+        return False
+    for victim in leave:
+        _evict(draft, victim, leave, gainer=None)
+    return True
+
+
+def reserve_blocks(group: Group, now: float) -> int:
+    """Idle blocks to keep: as configured, or else what newcomers and rows will take until blocks
+    that begin to leave now are free."""
     if group.config.kv_reserve_blocks is not None:
         return min(group.config.kv_reserve_blocks, group.info.device_blocks)
-    growth = group.blocks(group.max_rows * group.config.lease)
-    wanted = round(group.newcomer_blocks) + growth
+    iteration_s = group.cost.decode_s
+    # A copy begins at the end of an iteration and is seen to be over at the end of another one.
+    lead_s = 2 * iteration_s + group.outward.seconds(group.outward.usual)
+    growth = group.running * lead_s / iteration_s / group.info.block_size
+    wanted = math.ceil(group.newcomers.most(lead_s, now) + growth)
     return min(wanted, int(group.info.device_blocks * _LARGEST_RESERVE))
 
 
 def _victims(draft: Draft) -> list[Job]:
-    """Jobs whose device blocks could be freed, the one that runs last first."""
+    """Jobs whose device blocks could be freed, the one that is estimated to run last first."""
     idle = [job for job in draft.group.resident if job.op is None and job not in draft.chosen]
-    idle.sort(key=draft.place, reverse=True)
+    idle.sort(key=lambda job: (draft.next_at(job), draft.place(job)), reverse=True)
     return idle
+
+
+def _idle(draft: Draft) -> list[Job]:
+    """Those of them that neither have a row nor were to get one."""
+    return [
+        job
+        for job in _victims(draft)
+        if job.state is not JobState.RUNNING and job not in draft.starved
+    ]
 
 
 def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) -> bool:
@@ -117,6 +227,9 @@ def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) 
     if victim.host_tokens >= victim.computed and not group.pending(victim):
         draft.operate(KvOpKind.DROP_DEVICE, victim)  # the host copy is complete
         return True
+    if group.config.kv_strategy is KvStrategy.PROACTIVE and _recompute(draft, victim, gainer):
+        _drop(draft, victim)
+        return True
     missing = host_need(group, victim) - victim.host_booked - group.host_free
     if group.config.kv_strategy is KvStrategy.RECOMPUTE:
         missing = max(missing, 1)  # as if the host were full
@@ -127,9 +240,38 @@ def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) 
         return False  # there will be room on the host soon
     if victim.drops < _MOST_DROPS or gainer.seq < victim.seq:
         victim.drops += 1
-        draft.operate(KvOpKind.DROP_DEVICE, victim)
+        _drop(draft, victim)
         return True
     return False
+
+
+def _drop(draft: Draft, victim: Job) -> None:
+    victim.dropped_at = victim.computed
+    draft.operate(KvOpKind.DROP_DEVICE, victim)
+
+
+def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
+    """Whether it is cheaper to compute again what the host lacks than to copy it there and back.
+
+    In seconds of all jobs together: computing delays whoever runs or waits for a row, a copy the
+    one job that wants the blocks. Nobody loses anything twice without having got further.
+    """
+    group = draft.group
+    if victim.computed <= victim.dropped_at:
+        return False
+    tokens = victim.bound(group.pending(victim)) - victim.host_tokens
+    counts = tokens >= group.info.block_size  # the end of a block is no loss to speak of
+    if counts and victim.drops >= _MOST_DROPS:
+        return False
+    compute_s = group.cost.more(victim.host_tokens, tokens) * len(group.queue)
+    blocks = group.to_store(victim)
+    copy_s = group.outward.seconds(blocks) + blocks * group.inward.block_s
+    if gainer is not None:
+        copy_s += 2 * group.cost.decode_s  # see `_upload_s`
+    if compute_s >= copy_s:
+        return False
+    victim.drops += counts
+    return True
 
 
 def _drop_copies(draft: Draft, victim: Job, others: list[Job], missing: int) -> bool:

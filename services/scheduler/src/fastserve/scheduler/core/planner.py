@@ -32,19 +32,21 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     Walks the jobs in the order of the policy and gives rows to those that fit, skipping those that
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
+    group.clock(now)
     _promote(group, now, tell, counters)
     group.policy.weigh(now, *group.left)
     if group.queue.may_resort() and group.policy.resort(now):
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
-    draft = Draft(group)
+    draft = Draft(group, now)
     draft.release_ended()
     head = draft.head = _head(group)
     _choose_rows(draft, chain(head, _behind(group, head)), now)
+    group.held_up = kv_planner.held_up(draft)
     if group.config.kv_strategy is KvStrategy.PROACTIVE:
         kv_planner.keep_reserve(draft)
-        kv_planner.bring_back(draft, head)
+        kv_planner.bring_back(draft)
     _stop_others(draft, now, tell, counters)
     running = JobState.RUNNING
     for job, _ in draft.rows:
@@ -55,6 +57,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     group.left = (len(group.waiting), group.running)
     if not draft.ops and _goes_on(group, draft.rows):
         return None
+    kv_planner.write_through(draft)
     lease = group.config.lease
     return Plan(group.send(lease, draft.rows, draft.chosen), lease, draft.rows, draft.ops)
 
@@ -90,14 +93,16 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     # Everything that a decode comes by on its way is a local: there is one per row and iteration.
     group, rows, chosen = draft.group, draft.rows, draft.chosen
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
-    on_host, on_device = KvState.HOST, KvState.DEVICE
+    on_host, on_device, copy_out = KvState.HOST, KvState.DEVICE, KvOpKind.COPY_OUT
     newest, ahead, block_size = group.plan_id, group.outstanding + lease, group.info.block_size
     rows_left, tokens_left = group.policy.size(len(group.waiting))
     partial_prefills = passed = 0
     behind = len(group.queue)
     for job in order:
         behind -= 1
-        if job.op is not None or (passed > look_ahead and not job.booked):
+        if (job.op is not None and job.op is not copy_out) or (
+            passed > look_ahead and not job.booked
+        ):
             continue
         known = job.prompt_len + len(job.output)
         if job.last_plan == newest and job.kv is on_device:  # what `need` says, written out
@@ -123,7 +128,7 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
         rows_left -= 1
         tokens_left -= tokens
         if job.kv is not on_device:
-            _settle(group, job)
+            _settle(group, job, now)
         if need != job.booked:
             group.book_device(job, need)
         rows.append(row)
@@ -144,20 +149,21 @@ def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
             # Smaller ones may pass it if it has to wait for others to end, but not for ever.
             if coming >= more:
                 draft.set_aside += more
+                draft.promised.add(job)
             elif starving:
                 draft.kept += more
             draft.starved.add(job)
             return False
     if job.kv is KvState.HOST:
-        draft.operate(KvOpKind.UPLOAD, job)
+        kv_planner.fetch(draft, job)
         return False
     return True
 
 
-def _settle(group: Group, job: Job) -> None:
+def _settle(group: Group, job: Job, now: float) -> None:
     """It begins on the device, with nothing computed."""
     if job.kv is KvState.NONE:
-        group.note_newcomer(job)
+        group.newcomers.note(group.blocks(job.known_len), now)
     job.kv = KvState.DEVICE
     group.resident[job] = None
 

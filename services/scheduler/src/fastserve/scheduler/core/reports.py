@@ -60,6 +60,8 @@ class ReportReader:
         if not report.rows:
             return
         work = work_of(report.rows)
+        if group.pace.counts:
+            group.pace.observe(report.seconds, group.cost.seconds(work))
         group.cost.observe(work, report.seconds)
         share = _Share(group.cost, work, report.seconds)
         # Everything that a decode comes by on its way is a local: one per row and iteration.
@@ -131,6 +133,10 @@ class ReportReader:
 
     def _operation(self, group: Group, done: OpDone, now: float) -> None:
         op = group.ops.pop(done.op_id)
+        channel = group.channel(op.kind)
+        if channel is not None:
+            channel.end(op.began, done.seconds if done.bytes else 0.0, op.blocks)
+            group.pace.copies -= op.kind is KvOpKind.COPY_OUT
         if op.leftover is not None:
             group.device_used -= op.leftover.device
             group.host_used -= op.leftover.host
@@ -149,6 +155,8 @@ class ReportReader:
         match op.kind:
             case KvOpKind.OFFLOAD:
                 self._offloaded(group, job, done, now)
+            case KvOpKind.COPY_OUT:
+                self._copied_out(group, job, done, now)
             case KvOpKind.UPLOAD:
                 self._uploaded(group, job, done, now)
             case KvOpKind.DROP_DEVICE:
@@ -158,6 +166,9 @@ class ReportReader:
             case KvOpKind.DROP_HOST:
                 job.host_tokens = 0
                 group.book_host(job, 0)
+                if job.kv is KvState.HOST:
+                    group.set_kv(job, KvState.DROPPED)
+                    self._tell(job, EventKind.DROPPED, now)
 
     def _offloaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
         if done.status is not KvStatus.OK:
@@ -171,6 +182,14 @@ class ReportReader:
         group.book_host(job, group.blocks(done.tokens))
         group.set_kv(job, KvState.HOST if done.tokens else KvState.DROPPED)
         self._tell(job, EventKind.OFFLOADED, now)
+
+    def _copied_out(self, group: Group, job: Job, done: OpDone, now: float) -> None:
+        if done.status is KvStatus.OK:
+            self._count(KvOpKind.COPY_OUT, max(0, done.tokens - job.host_tokens), done)
+            job.host_tokens = done.tokens
+        else:
+            group.host_reopens = now + _HOST_PAUSE_S
+        group.book_host(job, group.blocks(job.host_tokens))
 
     def _uploaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
         if done.status is KvStatus.OK:

@@ -75,7 +75,7 @@ class Scheduler:
         """
         if info.worker_id in self._groups:
             raise ProtocolError(f"worker {info.worker_id} is connected already")
-        group = Group(info, self.config, lambda: next(self._places))
+        group = Group(info, self.config, lambda: next(self._places), planned_at=now)
         self._groups[info.worker_id] = group
         for job in list(self._homeless):
             if group.fits(job.max_len):
@@ -288,6 +288,12 @@ class Scheduler:
     def jobs(self) -> Iterable[Job]:
         """All live jobs."""
         return self._jobs.values()
+
+    def kv_wait(self) -> tuple[float, float]:
+        """Seconds that jobs among the first of the order waited for KV on its way, and seconds of
+        execution, all jobs of the present workers together."""
+        groups = self._groups.values()
+        return sum(group.kv_wait_s for group in groups), sum(group.row_s for group in groups)
 
     def level_depths(self) -> list[int]:
         """Waiting jobs per level."""

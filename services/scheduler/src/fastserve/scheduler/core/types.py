@@ -69,6 +69,7 @@ class KvOpKind(StrEnum):
     DROP_DEVICE = auto()
     DROP_HOST = auto()
     RELEASE = auto()
+    COPY_OUT = auto()
 
 
 class KvStatus(StrEnum):
@@ -225,7 +226,10 @@ class SampledToken(NamedTuple):
 
 
 class OpDone(NamedTuple):
-    """A KV operation that ended. `tokens`: OFFLOAD: now on the host; UPLOAD: on the device."""
+    """A KV operation that ended.
+
+    `tokens`: OFFLOAD, COPY_OUT: now on the host; UPLOAD: on the device.
+    """
 
     op_id: int
     status: KvStatus
@@ -282,11 +286,15 @@ class PlanRow(NamedTuple):
 
 
 class KvOperation(NamedTuple):
-    """A KV operation; `job_id` need not be known (a RELEASE of something left over)."""
+    """A KV operation; `job_id` need not be known (a RELEASE of something left over).
+
+    `blocks`: the most that a COPY_OUT copies.
+    """
 
     op_id: int
     kind: KvOpKind
     job_id: str
+    blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +335,7 @@ class SchedulerConfig:
     promotion_share: float = 0.25  # of the rows, at the most, for promoted jobs
     kv_strategy: KvStrategy = KvStrategy.PROACTIVE
     kv_reserve_blocks: int | None = None  # kept idle; None: as newcomers and growth call for
+    kv_write_through: bool = True  # proactive: copy full blocks out before their job has to leave
     fair_sharing: bool = True  # between the tenants of a class, where the policy has it
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.job import Job
@@ -51,6 +51,8 @@ class Policy(ABC):
     preemptive: ClassVar[bool]  # a waiting job may take the row or the memory of a running one
     fair: ClassVar[bool] = False  # the tenants of a class share service, see `FairQueue`
     handicaps: Handicaps | None = None  # what its keys are made up of
+
+    lifted_at_once = 0  # most jobs that stand before all others for having starved; 0: none ever
 
     def __init__(
         self,
@@ -121,10 +123,14 @@ class Promoting(Policy):
 
     _lifted = 0  # jobs that stand before the others
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lifted_at_once = max(1, int(self.rows * self.config.promotion_share))
+
     def promote(self, job: Job, now: float) -> bool:
         if now - job.wait_since < self.config.starvation_s:
             return False
-        if self._lifted >= max(1, int(self.rows * self.config.promotion_share)):
+        if self._lifted >= self.lifted_at_once:
             return False
         self._lifted += 1
         job.boosted, job.level, job.used = True, 0, 0.0

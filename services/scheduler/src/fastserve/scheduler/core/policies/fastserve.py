@@ -63,6 +63,7 @@ class FastServe(SkipJoinMlfq):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.handicaps = self
+        self.lifted_at_once = 0  # age is in the key
         self._service = _FIRST_GUESS * self.cost.decode_s
         self._weight = self._service
         self._steady = self._service  # the weight, but never less than a mean service
@@ -107,7 +108,7 @@ class FastServe(SkipJoinMlfq):
         return rows, min(self.budget, rows + chunk)
 
     def promote(self, job: Job, now: float) -> bool:
-        return False  # age is in the key
+        return False
 
     def leave(self, job: Job) -> None:
         self._service += _NEWEST * (job.attained - self._service)
