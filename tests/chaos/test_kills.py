@@ -3,7 +3,8 @@ different, and no block left behind anywhere.
 
 The worker, the sidecar (with a disk) and Redis are processes, the scheduler is the real service in
 the process of the test, which takes the tokens as a gateway does. Sampling is seeded, not greedy: a
-random model repeats itself when it is greedy, and a lost token would not show.
+random model repeats itself when it is greedy, and a lost token would not show. It is of a few
+tokens: the edges between many are so close that rounding in another batch may step over one.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class System:
             prompt=prompt_of(stream),
             seed=stream,
             max_tokens=TOKENS,
-            sampling={"temperature": 1.0, "ignore_eos": True},
+            sampling={"temperature": 2.0, "top_k": 4, "ignore_eos": True},
         )
         return await view.accepted()
 

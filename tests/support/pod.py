@@ -24,6 +24,7 @@ class Pod:
     device_blocks: int
     host_blocks: int
     disk_blocks: int = 0
+    worker_flags: tuple[str, ...] = ()
 
     block: ClassVar[int] = 8  # tokens
     block_bytes: ClassVar[int] = 3 * 2 * 2 * 16 * 4 * block  # layers, K, V, heads, head_dim, fp32
@@ -50,6 +51,7 @@ class Pod:
         flags += ["--block-size", str(self.block), "--kv-blocks", str(self.device_blocks)]
         flags += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--threads", "1"]
         flags += ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128"]
+        flags += self.worker_flags
         self.worker = self.stack.enter_context(service("fastserve.worker", self.folder, *flags))
         return self.worker
 
