@@ -251,3 +251,17 @@ def test_a_dropped_host_copy_is_forgotten() -> None:
     done = OpDone(number, KvStatus.OK)
     rig.scheduler.on_report("w", Report(group.plan_id, 0, ops=[done]), rig.now)
     assert (job.host_tokens, job.host_booked, group.host_used, job.op) == (0, 0, 0, None)
+
+
+def test_small_jobs_pass_one_that_waits_for_memory_until_it_starves() -> None:
+    rig = Rig({"policy": "fcfs", "starvation_s": 0.05}, device_blocks=16)
+    rig.submit("running", prompt=30, max_tokens=20)
+    rig.run(1)
+    rig.submit("large", prompt=40, max_tokens=8)
+    rig.submit("early", prompt=4, max_tokens=1)
+    assert rig.run(2) == ["early"]
+    rig.run(5)
+    rig.submit("late", prompt=4, max_tokens=1)
+    assert rig.run(3) == [], "what is free is kept for the large one"
+    ended = rig.run(40)
+    assert ended[0] == "running" and set(ended) == {"running", "large", "late"}
