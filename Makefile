@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DISTS := proto services/common services/gateway services/scheduler services/worker services/kv-offload benchmarks cli
 MUTANTS ?= 120
-MUTATED ?= core\.(planner|kv_planner|reports|group|run_queue|draft|policies)
+MUTATED ?= core\.(planner|kv_planner|reports|group|run_queue|fair_queue|deadlines|draft|policies)
 STAMP := $(VENV)/.fastserve-installed
 
 .PHONY: help setup run test test-all mutation lint format proto clean \

@@ -164,14 +164,16 @@ async def test_running_answers_end_before_the_gateway_does(stack: Stack) -> None
     stack.says("one two", gate=gate)
     asking = asyncio.ensure_future(stack.chat())
     await eventually(lambda: stack.scheduler.submits, "the job")
+    assert (await stack.http.get("/readyz")).status_code == 200
     stack.stop.set()
 
-    async with asyncio.timeout(5):
-        with contextlib.suppress(ConnectionError):
-            while True:  # connections of their own: kept ones are closed earlier
-                _, writer = await asyncio.open_connection("127.0.0.1", stack.service.port)
-                writer.close()
-                await asyncio.sleep(0.005)
+    await eventually(stack.service.gateway.draining.is_set, "the end to begin")
+    for refused in (await stack.chat(), await stack.complete(), await stack.http.get("/readyz")):
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert int(refused.headers["Retry-After"]) >= 1
+    assert (await stack.http.get("/livez")).status_code == 200
+    assert len(stack.scheduler.submits) == 1
     assert not asking.done()
     gate.set()
     response = await asking

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,8 @@ import grpc
 import pytest
 
 from fastserve.common.rpc import channel
-from fastserve.proto.v1 import (
-    kv_offload_pb2,
-    kv_offload_pb2_grpc,
-    sampling_pb2,
-    worker_pb2,
-    worker_pb2_grpc,
-)
-from support.processes import Running, service
+from fastserve.proto.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from support.pod import Pod
 from support.tiny_models import EOS, VOCAB, tiny_model
 from support.worker_driver import (
     COPY_OUT,
@@ -37,12 +29,11 @@ from support.worker_driver import (
     worker_driver,
 )
 
-BLOCK = 8  # tokens
+BLOCK = Pod.block  # tokens
 DEVICE_BLOCKS = 12
 HOST_BLOCKS = 16
 PROMPT = [17, 250, 99, 4, 31, 8, 77, 123, 54, 200, 201, 5, 61, 300, 19, 44, 72, 90, 11]
-BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * BLOCK  # layers, K and V, KV heads, head_dim, fp32
-SLOT_BYTES = -(-BLOCK_BYTES // 4096) * 4096
+BLOCK_BYTES = Pod.block_bytes
 SAMPLED = {"temperature": 0.8, "seed": 1234, "top_p": 0.95}
 
 
@@ -53,71 +44,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass
-class Pod:
-    """A worker and its sidecar, each of which can die and come back under its address."""
-
-    folder: Path
-    model: Path
-    stack: contextlib.ExitStack
-    host_blocks: int = HOST_BLOCKS
-    disk_blocks: int = 0
-
-    def __post_init__(self) -> None:
-        self._epochs = itertools.count(10)
-        self.sidecar = self.start_sidecar()
-        self.worker = self.start_worker()
-
-    def start_sidecar(self) -> Running:
-        flags = ["--listen", f"unix:{self.folder}/kv", "--host-blocks", str(self.host_blocks)]
-        flags += ["--pool-dir", str(self.folder)]
-        if self.disk_blocks:
-            size = self.disk_blocks * SLOT_BYTES
-            flags += ["--disk-path", str(self.folder), "--disk-size", str(size)]
-        self.sidecar = self.stack.enter_context(
-            service("fastserve.kv_offload", self.folder, *flags)
-        )
-        return self.sidecar
-
-    def start_worker(self) -> Running:
-        flags = ["--listen", f"unix:{self.folder}/w", "--model", str(self.model)]
-        flags += ["--kv-offload", f"unix:{self.folder}/kv", "--worker-id", "w-7"]
-        flags += ["--block-size", str(BLOCK), "--kv-blocks", str(DEVICE_BLOCKS)]
-        flags += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--threads", "1"]
-        flags += ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128"]
-        self.worker = self.stack.enter_context(service("fastserve.worker", self.folder, *flags))
-        return self.worker
-
-    @property
-    def address(self) -> str:
-        return str(self.worker.info["address"])
-
-    def driver(
-        self, output: dict[str, list[int]] | None = None
-    ) -> contextlib.AbstractAsyncContextManager[WorkerDriver]:
-        """A scheduler that is younger than all before it."""
-        return worker_driver(self.address, next(self._epochs), output)
-
-    async def stats(self) -> kv_offload_pb2.StatsResponse:
-        async with channel(self.sidecar.info["address"]) as connection:
-            stub = kv_offload_pb2_grpc.KvOffloadServiceStub(connection)
-            return await stub.Stats(kv_offload_pb2.StatsRequest())
-
-    def metrics(self) -> dict[str, float]:
-        return self.worker.metrics()
-
-
 @pytest.fixture(scope="module")
 def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
     """For tests that kill nothing and release their jobs."""
     with contextlib.ExitStack() as stack:
-        yield Pod(tmp_path_factory.mktemp("pod"), model, stack)
+        yield Pod(tmp_path_factory.mktemp("pod"), model, stack, DEVICE_BLOCKS, HOST_BLOCKS)
 
 
 @pytest.fixture
 def pod(model: Path, tmp_path: Path) -> Iterator[Pod]:
     with contextlib.ExitStack() as stack:
-        yield Pod(tmp_path, model, stack)
+        yield Pod(tmp_path, model, stack, DEVICE_BLOCKS, HOST_BLOCKS)
 
 
 async def undisturbed(pod: Pod, count: int) -> list[int]:
@@ -464,7 +401,7 @@ NAMES = ("a", "b", "c", "d")
 def small_pod(model: Path, tmp_path: Path) -> Iterator[Pod]:
     """The host holds one job and a half, the disk the others."""
     with contextlib.ExitStack() as stack:
-        yield Pod(tmp_path, model, stack, host_blocks=8, disk_blocks=16)
+        yield Pod(tmp_path, model, stack, DEVICE_BLOCKS, host_blocks=8, disk_blocks=16)
 
 
 async def offload_all(driver: WorkerDriver) -> None:

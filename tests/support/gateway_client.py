@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from grpc import aio
@@ -53,8 +53,8 @@ class JobView:
             await self._changed.wait_for(lambda: len(self.tokens) >= count)
         return self
 
-    async def finished(self) -> JobView:
-        async with asyncio.timeout(WAIT_S), self._changed:
+    async def finished(self, timeout: float = WAIT_S) -> JobView:
+        async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(lambda: self.finish)
         return self
 
@@ -94,18 +94,18 @@ class GatewayClient:
         self,
         job_id: str,
         *,
-        prompt: int = 5,
+        prompt: int | Sequence[int] = 5,
         seed: int = 1,
         max_tokens: int = 8,
         sampling: dict[str, Any] | None = None,
         **fields: Any,
     ) -> JobView:
-        """`prompt`: number of its tokens."""
+        """`prompt`: its tokens, or how many."""
         view = self._view(job_id, 0)
         submit = scheduler_pb2.Submit(
             handle=view.handle,
             job_id=job_id,
-            prompt_token_ids=range(1, prompt + 1),
+            prompt_token_ids=range(1, prompt + 1) if isinstance(prompt, int) else prompt,
             sampling=sampling_pb2.SamplingParams(
                 seed=seed, max_tokens=max_tokens, **(sampling or {})
             ),

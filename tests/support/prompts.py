@@ -1,6 +1,11 @@
-"""Fifty prompts of different kinds, languages and lengths."""
+"""Prompts of different kinds, languages and lengths."""
 
 from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
 
 _LONG = (
     "The harbour of the small town had been built for fishing boats, and when the ferries came "
@@ -61,3 +66,23 @@ PROMPTS: list[str] = [
     _LONG * 10 + "What does the council promise?",
 ]
 assert len(PROMPTS) == 50
+
+_TASKS = ("Explain", "Describe", "Summarise", "List the advantages of", "Write a poem about")
+_SUBJECTS = (
+    "glaciers", "public libraries", "sourdough bread", "the printing press", "night trains",
+    "coral reefs", "double-entry bookkeeping", "the violin", "weather balloons", "tea",
+)  # fmt: skip
+GENERATED = [f"{task} {subject}." for task in _TASKS for subject in _SUBJECTS]
+FILE = "FASTSERVE_TEST_PROMPTS"
+
+
+def hundred_prompts() -> list[str]:
+    """Our own, or the first hundred of the file that `FASTSERVE_TEST_PROMPTS` names: one JSON
+    object with a `prompt` per line."""
+    name = os.environ.get(FILE)
+    if not name:
+        return [*PROMPTS, *GENERATED]
+    with Path(name).open(encoding="utf-8") as file:
+        found = [str(json.loads(line)["prompt"]) for line in itertools.islice(file, 100)]
+    assert len(found) == 100, f"{name} has only {len(found)} prompts"
+    return found

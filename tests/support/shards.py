@@ -1,4 +1,4 @@
-"""Scheduler and gateway processes around workers that live in the test."""
+"""Scheduler and gateway processes, around workers that live in the test or are processes too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fastserve.common import rpc
 from support.fake_worker import FakeWorker
+from support.pod import Pod
 from support.processes import Running, service
 from support.valkey import Valkey
 
@@ -82,7 +83,7 @@ class SchedulerProcess:
 
 @contextlib.contextmanager
 def scheduler_process(
-    folder: Path, valkey: Valkey, worker: FakeWorker, *flags: str, shard: str = "0"
+    folder: Path, valkey: Valkey, worker: FakeWorker | Pod, *flags: str, shard: str = "0"
 ) -> Iterator[SchedulerProcess]:
     """Ready means that Redis answered: it leads, or stands by."""
     with service(
@@ -99,9 +100,11 @@ def scheduler_process(
 
 @contextlib.contextmanager
 def gateway_process(
-    folder: Path, model: Path, *schedulers: SchedulerProcess
+    folder: Path, model: Path, *schedulers: SchedulerProcess, flags: Sequence[str] = ()
 ) -> Iterator[tuple[str, Running]]:
     """Its URL and the process."""
-    flags = [f"--scheduler={one.shard}={one.address}" for one in schedulers]
-    with service("fastserve.gateway", folder, "--port", "0", "--model", str(model), *flags) as up:
+    named = [f"--scheduler={one.shard}={one.address}" for one in schedulers]
+    with service(
+        "fastserve.gateway", folder, "--port", "0", "--model", str(model), *named, *flags
+    ) as up:
         yield f"http://{up.info['address']}", up

@@ -167,3 +167,42 @@ def test_a_host_copy_spares_the_prefill() -> None:
     assert least_seconds(group, job.spec, job) == on_device
     job.host_tokens = 0
     assert least_seconds(group, job.spec, job) > 3 * on_device
+
+
+def test_the_least_time_by_hand() -> None:
+    """Half of: what is left of the prefill in chunks of 64, then the certain output but for the
+    token that comes with the prefill."""
+    rig = warm_rig()
+    group = rig.scheduler._groups["w"]
+
+    def least(prompt: int, least_tokens: int, most: int = 100) -> float:
+        return least_seconds(group, JobSpec("a", range(prompt), most, 0.0, min_tokens=least_tokens))
+
+    def chunks(*sizes: int) -> float:
+        starts = [64 * number for number in range(len(sizes))]
+        return sum(map(group.cost.seconds, map(chunk, starts, sizes)))
+
+    for expected, found in (
+        (ITERATION_S, least(1, 0)),
+        (ITERATION_S, least(1, 1)),
+        (5 * ITERATION_S, least(1, 5)),
+        (3 * ITERATION_S, least(1, 50, most=3)),
+        (chunks(64), least(64, 0)),
+        (chunks(64) + ITERATION_S, least(65, 0)),  # the last token goes as a decode does
+        (chunks(64, 64, 2) + 4 * ITERATION_S, least(130, 5)),
+    ):
+        assert found == pytest.approx(expected / 2, rel=1e-6)
+    rig.submit("j", prompt=64, max_tokens=40, min_tokens=20)
+    job = rig.job("j")
+    assert least_seconds(group, job.spec, job) == pytest.approx((0.094 + 0.19) / 2, rel=1e-3)
+    rig.plan()  # it has a row: that iteration may be over at any moment
+    assert least_seconds(group, job.spec, job) == pytest.approx(0.19 / 2, rel=1e-3)
+    rig.run(5)
+    assert len(job.output) == 5
+    # 20 - 5, but for the one under way. Its prefill was faster than predicted: an error, which
+    # takes its share of what is believed.
+    decode_s = group.cost.seconds(Work(0, 0, 1, job.known_len))
+    for error in (group.cost.error, 1.0):
+        group.cost.error = error
+        expected = 14 * decode_s / 2 / (1 + error)
+        assert least_seconds(group, job.spec, job) == pytest.approx(expected, rel=1e-6)

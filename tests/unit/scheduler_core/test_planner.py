@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.scheduler.core import EventKind, JobState, KvOpKind, KvState
+from fastserve.scheduler.core import (
+    EventKind,
+    JobState,
+    KvOpKind,
+    KvState,
+    KvStatus,
+    KvStrategy,
+    OpDone,
+    Report,
+)
 from support.scheduler_rig import Rig
 from support.worker_model import worker_info
 
@@ -196,3 +205,63 @@ def test_caps_of_the_configuration_hold() -> None:
     rows = rig.rows()
     assert len(rows) <= 2 and sum(tokens for _, tokens in rows) <= 5
     assert worker_info().max_num_seqs > 2
+
+
+def test_whoever_is_on_the_device_runs_behind_a_head_that_cannot_start() -> None:
+    """The best of them first. The head, as many jobs as a plan looks at, waits for memory."""
+    rig = Rig(
+        {"policy": "fixed-priority", "kv_strategy": KvStrategy.DEFER, "look_ahead": 1},
+        max_num_seqs=1,
+    )
+    rig.submit("worse", prompt=20, max_tokens=8)
+    rig.run(2)
+    rig.submit("better", prompt=16, max_tokens=8, priority=-1)
+    rig.run(1)
+    for name in ("hungry", "starving", "greedy"):
+        rig.submit(name, prompt=40, max_tokens=8, priority=-2)
+    assert rig.run(9) == ["better"]
+    assert rig.job("worse").preemptions == 1
+
+
+def test_what_a_cancelled_job_held_is_counted_once_its_copy_has_ended() -> None:
+    rig = Rig({"policy": "fixed-priority"}, device_blocks=16)
+    group = rig.scheduler._groups["w"]
+    rig.submit("old", prompt=36, max_tokens=20)
+    rig.run(4)
+    rig.slow_copies = True
+    rig.submit("urgent", prompt=30, max_tokens=2, priority=-1)
+    rig.run(2)
+    assert rig.job("old").kv is KvState.OFFLOADING
+    rig.scheduler.cancel("old", rig.now)
+    rig.run(3)
+    assert group.device_used >= 9, "the copy reads them still"
+    rig.slow_copies = False
+    assert rig.run(20) == ["urgent"]
+    assert (group.device_used, group.host_used) == (0, 0)
+
+
+def test_a_dropped_host_copy_is_forgotten() -> None:
+    rig = Rig(device_blocks=64)
+    rig.submit("a", max_tokens=30)
+    rig.run(3)
+    job, group = rig.job("a"), rig.scheduler._groups["w"]
+    job.host_tokens = 4
+    group.book_host(job, 1)
+    number = group.operation(KvOpKind.DROP_HOST, job)
+    done = OpDone(number, KvStatus.OK)
+    rig.scheduler.on_report("w", Report(group.plan_id, 0, ops=[done]), rig.now)
+    assert (job.host_tokens, job.host_booked, group.host_used, job.op) == (0, 0, 0, None)
+
+
+def test_small_jobs_pass_one_that_waits_for_memory_until_it_starves() -> None:
+    rig = Rig({"policy": "fcfs", "starvation_s": 0.05}, device_blocks=16)
+    rig.submit("running", prompt=30, max_tokens=20)
+    rig.run(1)
+    rig.submit("large", prompt=40, max_tokens=8)
+    rig.submit("early", prompt=4, max_tokens=1)
+    assert rig.run(2) == ["early"]
+    rig.run(5)
+    rig.submit("late", prompt=4, max_tokens=1)
+    assert rig.run(3) == [], "what is free is kept for the large one"
+    ended = rig.run(40)
+    assert ended[0] == "running" and set(ended) == {"running", "large", "late"}

@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -30,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 _BACKLOG: Final = 2048
 _LAST_WORDS_S: Final = 2.0  # for errors to reach the clients of answers that are cut off
+_POLL_S: Final = 0.02
 
 
 class _Server(uvicorn.Server):
@@ -91,7 +93,8 @@ class Service:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
 
     async def run(self, stop: asyncio.Event, on_up: Callable[[], None] = lambda: None) -> None:
-        """Serve until `stop`; answers under way then have `shutdown_timeout` seconds to end."""
+        """Serve until `stop`; answers under way then have `shutdown_timeout` seconds to end, and
+        whoever comes meanwhile is told to try again."""
         assert self._socket is not None, "listen() comes first"
         grace = self.settings.shutdown_timeout
         server = _Server(
@@ -115,8 +118,12 @@ class Service:
         try:
             await asyncio.wait({connecting, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             log.info("stopping", jobs=self.shards.jobs)
+            self.gateway.draining.set()
+            end = time.monotonic() + (grace if stop.is_set() else 0)
+            while self.shards.jobs and time.monotonic() < end:  # noqa: ASYNC110  # once, at the end
+                await asyncio.sleep(_POLL_S)
             server.should_exit = True
-            await asyncio.wait({serving}, timeout=grace if stop.is_set() else 0)
+            await asyncio.wait({serving}, timeout=max(0.0, end - time.monotonic()))
             if not serving.done():
                 log.warning("answers are cut off", jobs=self.shards.jobs)
             await self.shards.close()

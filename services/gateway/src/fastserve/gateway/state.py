@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from fastserve.gateway.auth import ApiKeys
-from fastserve.gateway.errors import InvalidRequestError
+from fastserve.gateway.errors import InvalidRequestError, UnavailableError
 from fastserve.gateway.metrics import Metrics
 from fastserve.gateway.params import Grant
 from fastserve.gateway.settings import GatewaySettings
@@ -26,6 +27,7 @@ class Gateway:
     metrics: Metrics
     keys: ApiKeys
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time
+    draining: asyncio.Event = field(default_factory=asyncio.Event)  # it is about to end
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -40,6 +42,11 @@ class Gateway:
     def max_model_len(self) -> int | None:
         """Tokens that prompt and answer may have together; None while no worker is known."""
         return self.shards.max_job_tokens or None
+
+    def check_open(self) -> None:
+        """Raises `UnavailableError` if nothing new is begun any more."""
+        if self.draining.is_set():
+            raise UnavailableError("the gateway is shutting down", "draining")
 
     def check_model(self, name: str) -> None:
         """Raises `InvalidRequestError` (404) for a model that is not served here."""

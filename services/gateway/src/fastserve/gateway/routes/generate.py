@@ -121,6 +121,7 @@ async def _begin(
     request: Request, gateway: Gateway, body: GenerationBody, endpoint: Endpoint
 ) -> Accepted:
     """Everything up to the scheduler's acceptance. Raises `ApiError`."""
+    gateway.check_open()
     longest = await _limit(gateway)  # before the checks: the workers name the model
     _check(gateway, body)
     ordering = ordering_of(body, request.headers, grant_of(request))

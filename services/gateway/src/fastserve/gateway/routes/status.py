@@ -31,7 +31,9 @@ async def livez() -> dict[str, str]:
 
 @router.get("/readyz", summary="Whether requests are served", responses=READY_ERRORS)
 async def readyz(request: Request) -> dict[str, str]:
-    shards = gateway_of(request).shards
+    gateway = gateway_of(request)
+    gateway.check_open()
+    shards = gateway.shards
     if not shards.connected:
         raise UnavailableError("there is no stream to a scheduler", "scheduler_unavailable")
     if not shards.ready:

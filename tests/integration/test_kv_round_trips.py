@@ -1,0 +1,262 @@
+"""Preemption leaves no trace: whatever is done to a KV cache at whatever iteration, its bytes come
+back as they left, and the greedy text is that of a run in which nothing happened.
+
+The real model, engine, staging and sidecar; the engine runs in the process of the test, which
+compares every block (`WatchedMover`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastserve.gateway.tokenizer import Tokenizer
+from fastserve.worker.model.llama import Model
+from fastserve.worker.model.loader import load_model
+from support.gateway_client import JobView, connected
+from support.local_worker import LocalWorker, local_worker
+from support.processes import Running, service
+from support.prompts import hundred_prompts
+from support.schedulers import RunningScheduler, running_scheduler
+from support.tiny_models import byte_tokenizer, tiny_model
+from support.valkey import running_valkey
+from support.waiting import eventually
+from support.worker_driver import DROP_DEVICE, LOST, OFFLOAD, OK, RELEASE, UPLOAD, worker_driver
+
+BLOCK = 8  # tokens
+TOKENS = 24  # of every answer
+MOST = 56  # of a prompt
+# Of a job: 10 blocks. Two and a half fit on the device.
+DEVICE = 25
+ROOMY = 200
+# Blocks in host memory and on the disk: all jobs of a load fit, on the host or mostly on the disk.
+TIERS = {"host": (1200, 0), "disk": (40, 1200)}
+# How KV caches make room, through which tier; the last two have no use for one.
+STRATEGIES = [
+    ("proactive", "host"),
+    ("proactive", "disk"),
+    ("reactive", "host"),
+    ("reactive", "disk"),
+    ("recompute", "host"),
+    ("defer", "host"),
+]
+
+
+@dataclass
+class Texts:
+    """Prompts as token ids, and what the model makes of each when it runs alone."""
+
+    model: Model
+    prompts: list[list[int]]
+    expected: list[list[int]]
+
+
+async def undisturbed(model: Model, folder: Path, prompts: Sequence[Sequence[int]]) -> Texts:
+    expected = []
+    async with (
+        local_worker(model, folder, blocks=ROOMY, block_size=BLOCK) as worker,
+        worker_driver(worker.address) as driver,
+    ):
+        for number, prompt in enumerate(prompts):
+            job = driver.job(f"alone-{number}", prompt, temperature=0.0)
+            expected.append(list(await driver.generate(job, TOKENS, chunk=MOST)))
+            await driver.op(RELEASE, job)
+    return Texts(model, [list(prompt) for prompt in prompts], expected)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model(folder)
+    return load_model(folder, torch.float32, torch.device("cpu"))
+
+
+_computed: dict[str, Texts] = {}  # the undisturbed runs, by fixture: once is enough
+
+
+@pytest.fixture
+async def quick(tiny: Model, tmp_path: Path) -> Texts:
+    """A fifth of the prompts and a tiny model."""
+    if "quick" not in _computed:
+        prompts = [byte_tokenizer().encode(text).ids[:MOST] for text in hundred_prompts()[::5]]
+        _computed["quick"] = await undisturbed(tiny, tmp_path, prompts)
+    return _computed["quick"]
+
+
+@pytest.fixture(scope="module")
+def default_model(default_model_folder: Path) -> Model:
+    return load_model(default_model_folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+async def whole(default_model: Model, default_tokenizer: Tokenizer, tmp_path: Path) -> Texts:
+    """All prompts and the default model."""
+    if "whole" not in _computed:
+        prompts = [default_tokenizer.encode(text)[:MOST] for text in hundred_prompts()]
+        _computed["whole"] = await undisturbed(default_model, tmp_path, prompts)
+    return _computed["whole"]
+
+
+@contextlib.contextmanager
+def sidecar(folder: Path, model: Model, tier: str) -> Iterator[Running]:
+    host, disk = TIERS[tier]
+    flags = ["--listen", f"unix:{folder}/kv", "--pool-dir", str(folder)]
+    flags += ["--host-blocks", str(host)]
+    if disk:
+        config = model.config
+        size = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4 * BLOCK
+        size = -(-size // 4096) * 4096
+        flags += ["--disk-path", str(folder), "--disk-size", str(disk * size)]
+    with service("fastserve.kv_offload", folder, *flags) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def watched(
+    folder: Path, model: Model, tier: str, blocks: int = DEVICE
+) -> AsyncIterator[LocalWorker]:
+    """A worker whose blocks are compared; at the end the tier was used and everything is free."""
+    with sidecar(folder, model, tier) as process:
+        async with local_worker(
+            model, folder, blocks=blocks, block_size=BLOCK, sidecar=process.info["address"]
+        ) as worker:
+            yield worker
+            await eventually(lambda: worker.free_blocks == blocks, "free device blocks")
+        assert worker.mover.different == []
+        read = 'fastserve_kv_tier_bytes_total{direction="in",tier="disk"}'
+        if tier == "disk" and worker.mover.blocks["compared"]:
+            assert process.metrics()[read] > 0, "nothing came from the disk"
+
+
+# --- by hand: any job at any iteration ------------------------------------------------------------
+
+
+async def by_hand(texts: Texts, folder: Path, tier: str, seed: int) -> None:
+    """Jobs run for a few tokens at a time, in any order; each is offloaded, or dropped, between."""
+    numbers = random.Random(seed)
+    async with (
+        watched(folder, texts.model, tier) as worker,
+        worker_driver(worker.address) as driver,
+    ):
+        names = [
+            driver.job(f"j{number}", prompt, temperature=0.0)
+            for number, prompt in enumerate(texts.prompts)
+        ]
+        running, stored = list(names), set[str]()
+        while running:
+            job = numbers.choice(running)
+            if job in stored or driver.output[job]:
+                back = await driver.op(UPLOAD, job)
+                assert back.status == (OK if job in stored else LOST)
+            have = len(driver.output[job])
+            await driver.generate(job, min(TOKENS, have + numbers.randint(1, 9)), chunk=MOST)
+            if len(driver.output[job]) == TOKENS:
+                running.remove(job)
+                await driver.op(RELEASE, job)
+            elif numbers.random() < 0.2:
+                await driver.op(DROP_DEVICE, job)  # what it has on the host may be older
+            else:
+                assert (await driver.op(OFFLOAD, job)).status == OK
+                stored.add(job)
+        assert [driver.output[job] for job in names] == texts.expected
+        assert worker.mover.blocks["compared"] > 3 * len(names)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+async def test_bytes_and_text_survive_by_hand(quick: Texts, tmp_path: Path, tier: str) -> None:
+    await by_hand(quick, tmp_path, tier, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("tier", TIERS)
+async def test_hundred_prompts_by_hand(whole: Texts, tmp_path: Path, tier: str) -> None:
+    await by_hand(whole, tmp_path, tier, seed=2)
+
+
+# --- by the scheduler, with every strategy --------------------------------------------------------
+
+
+async def by_scheduler(
+    texts: Texts, folder: Path, strategy: str, tier: str, seed: int, timeout: float
+) -> None:
+    """All prompts at once, in memory for two and a half; urgent jobs break in at random moments."""
+    with running_valkey() as valkey:
+        async with (
+            watched(folder, texts.model, tier) as worker,
+            running_scheduler(
+                valkey,
+                worker.address,
+                policy="skip-join-mlfq",
+                kv_strategy=strategy,
+                leader_ttl=30.0,
+                redis_timeout=10.0,
+            ) as scheduler,
+        ):
+            views = await _answers(scheduler, texts, random.Random(seed), timeout)
+            assert [view.tokens for view in views] == texts.expected
+            counters = dict((await scheduler.snapshot()).counters)
+            preempted = {
+                mode: sum(n for key, n in counters.items() if key.endswith(f".{mode}"))
+                for mode in ("swap", "recompute", "resident")
+            }
+            again = counters.get("tokens.recomputed", 0)
+            match strategy:
+                case "proactive" | "reactive":
+                    assert preempted["swap"] and worker.mover.blocks["compared"]
+                    assert again < sum(map(len, texts.prompts)), "it recomputed instead"
+                case "recompute":
+                    assert preempted["recompute"] and again
+                    assert not worker.mover.blocks
+                case "defer":
+                    assert preempted["resident"], "nobody was preempted"
+
+
+async def _answers(
+    scheduler: RunningScheduler, texts: Texts, numbers: random.Random, timeout: float
+) -> list[JobView]:
+    greedy = {"temperature": 0.0, "ignore_eos": True}
+    async with connected(scheduler.address) as gateway:
+        await eventually(lambda: gateway.welcome.ready, "the worker's stream")
+        views = [
+            await gateway.submit(f"j{number}", prompt=prompt, max_tokens=TOKENS, sampling=greedy)
+            for number, prompt in enumerate(texts.prompts)
+        ]
+
+        def tokens() -> int:
+            return sum(len(view.tokens) for view in views)
+
+        total, moment = len(views) * TOKENS, 0
+        while (moment := moment + numbers.randint(8, 40)) < total:
+            await eventually(lambda: tokens() >= moment, f"{moment} tokens", timeout)
+            prompt = [numbers.randrange(2, 300) for _ in range(numbers.randint(8, MOST))]
+            urgent = await gateway.submit(
+                f"urgent-{moment}", prompt=prompt, max_tokens=2, sampling=greedy, priority=-1
+            )
+            await urgent.finished(timeout)
+        for view in views:
+            await view.finished(timeout)
+            assert not view.error
+    return views
+
+
+@pytest.mark.parametrize(("strategy", "tier"), STRATEGIES)
+async def test_bytes_and_text_survive_every_strategy(
+    quick: Texts, tmp_path: Path, strategy: str, tier: str
+) -> None:
+    await by_scheduler(quick, tmp_path, strategy, tier, seed=3, timeout=30.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("strategy", "tier"), STRATEGIES)
+async def test_hundred_prompts_with_every_strategy(
+    whole: Texts, tmp_path: Path, strategy: str, tier: str
+) -> None:
+    await by_scheduler(whole, tmp_path, strategy, tier, seed=4, timeout=1200.0)
