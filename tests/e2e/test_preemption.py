@@ -1,7 +1,7 @@
 """A burst of short requests behind a long one, with KV memory for one and a half jobs.
 
-With skip-join MLFQ the burst overtakes the long answer, whose KV cache is moved to host memory and
-back; its text must not change by that. With FCFS the burst waits for it.
+With a preemptive policy the burst overtakes the long answer, whose KV cache is moved to host memory
+and back; its text must not change by that. With FCFS the burst waits for it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import asyncio
 from pathlib import Path
 
 import httpx
+import pytest
 
 from support.deployment import Deployment, deployment
 from support.streams import TIMEOUT, Answer, body_of, stream
 
 LONG_TOKENS = 130
 SHORTS = 4
-# 15 blocks of 16 tokens: the long job grows to 10, a short one has 7.
-SIZES = ("--kv-blocks", "15", "--max-num-seqs", "1", "--host-kv-blocks", "64")
+# 11 blocks of 16 tokens: the long job grows to 10, a short one has 7.
+SIZES = ("--kv-blocks", "11", "--max-num-seqs", "1", "--host-kv-blocks", "64")
 FLAGS = (*SIZES, "--dtype", "bfloat16")
 BLOCK_BYTES = 30 * 2 * 3 * 16 * 64 * 2  # layers, K and V, KV heads, tokens, head dimension, bf16
 LONG = "Write a long story about a lighthouse keeper and his daughter.\n\n"
@@ -44,8 +45,9 @@ async def _burst(running: Deployment) -> tuple[Answer, list[Answer]]:
     return long, shorts
 
 
-async def test_a_burst_overtakes_a_long_answer(tmp_path: Path) -> None:
-    with deployment(tmp_path, *FLAGS, "--policy", "skip-join-mlfq") as running:
+@pytest.mark.parametrize("policy", ["fastserve", "skip-join-mlfq"])
+async def test_a_burst_overtakes_a_long_answer(tmp_path: Path, policy: str) -> None:
+    with deployment(tmp_path, *FLAGS, "--policy", policy) as running:
         alone = await _alone(running)
         long, shorts = await _burst(running)
         assert all(short.ended < long.ended for short in shorts), "the burst waited"

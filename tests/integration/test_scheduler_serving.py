@@ -365,7 +365,7 @@ async def test_snapshot(
     await view.accepted()
     snapshot = await scheduler.snapshot()
     assert snapshot.epoch == gateway.welcome.epoch
-    assert (snapshot.policy, snapshot.durable) == ("skip-join-mlfq", True)
+    assert (snapshot.policy, snapshot.durable) == ("fastserve", True)
     assert snapshot.shard == "0"
     (state,) = snapshot.workers
     assert (state.worker_id, state.connected, state.device_blocks) == ("w0", True, 512)

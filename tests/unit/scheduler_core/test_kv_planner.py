@@ -38,7 +38,7 @@ def at_level(rig: Rig, name: str, level: int, used: float = 0.0) -> Job:
 
 def test_the_work_ahead_is_what_others_may_use_before_they_sink_behind() -> None:
     """Two rows; quanta of 10, 20, 40 ms."""
-    rig = Rig({"levels": 3, "quantum_s": 0.010}, max_num_seqs=2)
+    rig = Rig({"policy": "skip-join-mlfq", "levels": 3, "quantum_s": 0.010}, max_num_seqs=2)
     at_level(rig, "a", 0, used=0.004)
     at_level(rig, "b", 1)
     at_level(rig, "c", 1)
@@ -54,7 +54,7 @@ def test_the_work_ahead_is_what_others_may_use_before_they_sink_behind() -> None
 
 
 def test_who_has_a_row_runs_now_and_is_ahead_of_the_others() -> None:
-    rig = Rig({"levels": 3, "quantum_s": 0.020}, max_num_seqs=1)
+    rig = Rig({"policy": "skip-join-mlfq", "levels": 3, "quantum_s": 0.020}, max_num_seqs=1)
     rig.submit("a", max_tokens=20)
     rig.run(1)
     rig.submit("b")
@@ -65,7 +65,10 @@ def test_who_has_a_row_runs_now_and_is_ahead_of_the_others() -> None:
 
 def test_who_starves_soon_runs_soon() -> None:
     """Four rows, of which one is for those that starved: 10 ms for each of them in turn."""
-    rig = Rig({"levels": 3, "quantum_s": 0.010, "starvation_s": 5.0}, max_num_seqs=4)
+    rig = Rig(
+        {"policy": "skip-join-mlfq", "levels": 3, "quantum_s": 0.010, "starvation_s": 5.0},
+        max_num_seqs=4,
+    )
     for name in "abcdef":
         at_level(rig, name, 2)
     for name, waited in (("e", 4.0), ("f", 6.0), ("d", 6.0)):
@@ -183,7 +186,11 @@ def test_who_waits_for_its_own_upload_is_counted_as_waiting_for_kv() -> None:
 
 def starving_in_turn(kv_strategy: str) -> float:
     """Four jobs of which two fit, one row, promotions all the time: share of time lost to KV."""
-    rig = Rig({"starvation_s": 0.3, "kv_strategy": kv_strategy}, device_blocks=26, max_num_seqs=1)
+    rig = Rig(
+        {"policy": "skip-join-mlfq", "starvation_s": 0.3, "kv_strategy": kv_strategy},
+        device_blocks=26,
+        max_num_seqs=1,
+    )
     for name in "abcd":
         rig.submit(name, prompt=24, max_tokens=36)
     for _ in range(120):

@@ -247,7 +247,7 @@ def test_a_dropped_host_copy_is_forgotten() -> None:
     job, group = rig.job("a"), rig.scheduler._groups["w"]
     job.host_tokens = 4
     group.book_host(job, 1)
-    number = group.operation(KvOpKind.DROP_HOST, job)
+    number = group.operation(KvOpKind.DROP_HOST, job, rig.now)
     done = OpDone(number, KvStatus.OK)
     rig.scheduler.on_report("w", Report(group.plan_id, 0, ops=[done]), rig.now)
     assert (job.host_tokens, job.host_booked, group.host_used, job.op) == (0, 0, 0, None)

@@ -46,7 +46,7 @@ def test_a_long_prompt_does_not_hide_short_ones(policy: str) -> None:  # vllm #1
     jobs = [SimJob(0.0, 30_000, 5), *(SimJob(0.1 + n / 10, 40, 5) for n in range(20))]
     result = _run(policy, jobs, max_num_batched_tokens=512)
     first = _ttft(result)
-    whole = _ttft(_run(policy, jobs, max_num_batched_tokens=30_001))
+    whole = _ttft(_run("fcfs", jobs, max_num_batched_tokens=30_001))
     alone = _ttft(_run(policy, jobs[:1], max_num_batched_tokens=512))[0]
     assert whole[1:].max() > 5.0, "the prompt is not long enough to hide anything"
     chunk_s = alone / (30_000 / 512)

@@ -36,7 +36,7 @@ class SchedulerSettings(ServiceSettings):
     )
 
     policy: str = Field(
-        default="skip-join-mlfq",
+        default="fastserve",
         description="skip-join-mlfq, fastserve, mlfq, fixed-priority, hrrn, fcfs or srpt",
     )
     max_num_seqs: int | None = Field(

@@ -320,7 +320,7 @@ class Event(NamedTuple):
 class SchedulerConfig:
     """Options of the scheduler. Raises ValueError when one is out of range."""
 
-    policy: str = "skip-join-mlfq"
+    policy: str = "fastserve"
     max_num_seqs: int | None = None  # cap below the worker's
     max_num_batched_tokens: int | None = None  # cap below the worker's
     max_queued_jobs: int = 1000  # waiting jobs, preempted ones too
