@@ -12,12 +12,13 @@ token costs the others little, and keeps them from nothing for long.
 The weight follows the load, in units of what an average job takes (`service`). While jobs seldom
 wait there is hardly any mean to be won by overtaking, and a tail to be lost. Past capacity the
 backlog makes all jobs old, so that a fixed weight would be first come, first served. With `x` jobs
-waiting per job that runs, averaged over a minute or two since a burst is no load,
+waiting per row of an iteration, averaged over a minute or two since a burst is no load,
 
     weight = service * max(2 / running, min(16 x^2, max(5, 2.5 x)))
 
 Of `running` jobs one ends every `service / running` seconds: where few run, an old one would keep
-a newcomer waiting for long. docs/evaluation.md has the figures.
+a newcomer waiting for long. Where memory lets fewer run than there are rows, x is small: each job
+that begins and is overtaken needs memory, too. docs/evaluation.md has the figures.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Handicap, Key, class_rank
 from fastserve.scheduler.core.policies.mlfq import SkipJoinMlfq
 
-# Weight in mean services; x: jobs that wait per job that runs.
+# Weight in mean services; x: jobs that wait per row of an iteration.
 _LEAST: Final = 2.0  # over the number of jobs that run
 _SQUARE: Final = 16.0  # per x^2
 _MOST: Final = 5.0  # at moderate load
@@ -114,13 +115,12 @@ class FastServe(SkipJoinMlfq):
         self._service += _NEWEST * (job.attained - self._service)
 
     def weigh(self, now: float, waiting: int, running: int) -> None:
-        running = max(running, 1)
-        x = waiting / running
+        x = waiting / self.rows
         passed = now - self._asked
         self._asked = now
         self._backlog += (1.0 - math.exp(-passed / _MEMORY_S)) * (x - self._backlog)
         x = max(self._backlog, x - _BURST)
-        services = max(_LEAST / running, min(_SQUARE * x**2, max(_MOST, _LINEAR * x)))
+        services = max(_LEAST / max(running, 1), min(_SQUARE * x**2, max(_MOST, _LINEAR * x)))
         weight = self._service * services
         if abs(weight - self._weight) > _CHANGE * self._weight:
             self._weight = weight
