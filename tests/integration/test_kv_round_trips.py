@@ -208,7 +208,9 @@ async def by_scheduler(
             }
             again = counters.get("tokens.recomputed", 0)
             match strategy:
-                case "proactive" | "reactive":
+                case "proactive":  # also computes again what that is cheaper for
+                    assert preempted["swap"] and worker.mover.blocks["compared"]
+                case "reactive":
                     assert preempted["swap"] and worker.mover.blocks["compared"]
                     assert again < sum(map(len, texts.prompts)), "it recomputed instead"
                 case "recompute":

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastserve.common.rpc import GrpcServer
 from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
+from fastserve.worker.block_pool import BlockPool
 from fastserve.worker.calibrate import measure
 from fastserve.worker.engine import Engine
 from fastserve.worker.engine_thread import EngineThread, StagingMover
@@ -30,7 +31,7 @@ _EPOCHS = itertools.count(1)
 
 class WatchedMover(StagingMover):
     """Remembers the bytes of every block that leaves the device and compares them with those that
-    come back. A block that left is overwritten at once, as by its next owner.
+    come back.
 
     All but the constructor runs on the engine thread.
     """
@@ -59,8 +60,6 @@ class WatchedMover(StagingMover):
             if status is OpStatus.OK:
                 self._left.setdefault(job_id, {}).update(before)
                 self.blocks["stored"] += len(before)
-                for ref in blocks:
-                    self._kv[ref.block] = 0x3C  # finite in every dtype
             done(status, copied)
 
         super().store(job_id, blocks, watched)
@@ -86,6 +85,19 @@ class LocalWorker:
     @property
     def free_blocks(self) -> int:
         return self._engine.pool.free
+
+
+def _overwrite_what_is_taken(pool: BlockPool, kv: KvCache) -> None:
+    """A block that gets a new owner holds nothing of the old one."""
+    memory, take = kv.as_bytes(), pool.take
+
+    def taken(count: int) -> list[int]:
+        blocks = take(count)
+        for block in blocks:
+            memory[block] = 0x3C  # finite in every dtype
+        return blocks
+
+    pool.take = taken  # type: ignore[method-assign]
 
 
 @contextlib.asynccontextmanager
@@ -119,6 +131,7 @@ async def local_worker(
         max_model_len=MAX_MODEL_LEN,
         vocab_size=model.config.vocab_size,
     )
+    _overwrite_what_is_taken(engine.pool, kv)
     description = pb.DescribeResponse(
         worker_id="local",
         epoch=epoch,
