@@ -439,6 +439,6 @@ async def test_a_bug_is_an_error_without_details(
         raise ZeroDivisionError("at line 5 of secret.py")
 
     with monkeypatch.context() as patched:
-        patched.setattr(stack.service.gateway.pool, "run", fail)
+        patched.setattr("fastserve.gateway.routes.generate.sampling_of", fail)
         response = await stack.chat()
     assert_error(response, 500, None, "internal_error", type="server_error")
