@@ -299,7 +299,7 @@ def test_in_fastserve_rows_that_add_no_throughput_are_left_out() -> None:
         return policy.size(0)[0]
 
     assert rows_of(DECODE_S * 1.5) == 256, "64 rows in the time of 1.5"
-    # Each row takes as long as the first: nine of them have nine tenths of all throughput.
+    # Each row takes half as long as the first: forty have all the throughput but a twentieth.
     assert 16 <= rows_of(DECODE_S * 32) < 64
     assert rows_of(DECODE_S * 640) == 16, "never fewer than that"
 
