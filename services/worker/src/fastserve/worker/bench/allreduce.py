@@ -9,7 +9,8 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from torch._C._distributed_c10d import TCPStore
+from torch.multiprocessing.spawn import spawn
 
 from fastserve.worker.native.library import best_library
 from fastserve.worker.parallel.comm import Comm, Distributed, SharedMemory
@@ -31,7 +32,7 @@ def _round(comm: Comm, size: int) -> list[float]:
 
 def _rank(rank: int, ranks: int, size: int, rounds: int, port: int) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = TCPStore("127.0.0.1", port, is_master=False)
     group = Group(rank, ranks, 1, rank, True, "127.0.0.1", port)
     comms: list[Comm] = [
         SharedMemory(group, store, best_library(), 1 << 20),
@@ -60,9 +61,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     asked = parser.parse_args()
     best_library()  # built once, not by every rank
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = (asked.ranks, asked.floats, asked.rounds, store.port)
-    processes.spawn(_rank, arguments, nprocs=asked.ranks)
+    spawn(_rank, arguments, nprocs=asked.ranks)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

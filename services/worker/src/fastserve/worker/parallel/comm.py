@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from fastserve.worker.native.library import Library
 from fastserve.worker.parallel.groups import Group
@@ -57,7 +58,7 @@ class SharedMemory:
 
     name = "shared memory"
 
-    def __init__(self, group: Group, store: dist.Store, library: Library, ring_bytes: int) -> None:
+    def __init__(self, group: Group, store: Store, library: Library, ring_bytes: int) -> None:
         """ring_bytes: what a rank may send to another within an iteration without waiting."""
         self._group, self._library = group, library
         self._ring = 1 << max(16, (ring_bytes - 1).bit_length())
@@ -72,7 +73,7 @@ class SharedMemory:
         self._link = link
         self._turn = ctypes.c_uint32(0)
 
-    def _share(self, store: dist.Store, total: int) -> mmap.mmap:
+    def _share(self, store: Store, total: int) -> mmap.mmap:
         """Pages are taken as they are touched, and the file has no name once all have it."""
         group = self._group
         if group.rank == 0:
@@ -132,7 +133,7 @@ class SharedMemory:
 class Distributed:
     """torch.distributed: NCCL between GPUs, gloo between CPUs. Messages of the host go by gloo."""
 
-    def __init__(self, group: Group, store: dist.Store, device: torch.device) -> None:
+    def __init__(self, group: Group, store: Store, device: torch.device) -> None:
         self._group, self._device = group, device
         backend = "nccl" if device.type == "cuda" else "gloo"
         self.name = backend

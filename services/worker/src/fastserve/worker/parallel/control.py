@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from fastserve.worker.parallel.groups import Group
 from fastserve.worker.staging import (
@@ -47,7 +47,7 @@ class Followers:
         self._closing = False
         self._server: asyncio.Server | None = None
 
-    async def start(self, store: dist.Store) -> None:
+    async def start(self, store: Store) -> None:
         """Returns once all ranks are connected."""
         host = "127.0.0.1" if self._group.one_host else None
         self._server = await asyncio.start_server(self._serve, host, 0, limit=_LIMIT)
@@ -161,7 +161,7 @@ class GroupStaging(KvStaging):
         return list(theirs)
 
 
-async def obey(group: Group, store: dist.Store, staging: KvStaging | None) -> None:
+async def obey(group: Group, store: Store, staging: KvStaging | None) -> None:
     """At another rank: do as rank 0 says until it closes the connection."""
     port = int(store.get("control"))
     address = "127.0.0.1" if group.one_host else group.address

@@ -64,7 +64,8 @@ def unpack(message: Message) -> Batch | None:
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:
     """At most `count` batches with about as many tokens each; a row stays whole."""
-    total, parts, part, seen = len(batch.token_ids), [], [0], batch.query_lens[0]
+    parts: list[list[int]] = []
+    total, part, seen = len(batch.token_ids), [0], batch.query_lens[0]
     for row in range(1, len(batch.query_lens)):
         if seen * count >= total * (len(parts) + 1):
             parts.append(part)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import structlog
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from fastserve.common.errors import StartupError
 from fastserve.worker.model.choose import Way, choose
@@ -43,7 +43,7 @@ class Rank:
     """A place in a group that is alive."""
 
     group: Group
-    store: dist.Store
+    store: Store
     watchdog: Watchdog
 
     def agree(self, name: str, value: int) -> list[int]:
@@ -65,8 +65,8 @@ def join(settings: Settings) -> Rank:
     return Rank(group, store, Watchdog(beats, group))
 
 
-def _store(group: Group, *, master: bool) -> dist.Store:
-    return dist.TCPStore(
+def _store(group: Group, *, master: bool) -> Store:
+    return TCPStore(
         group.address,
         group.port,
         group.size,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import structlog
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from fastserve.worker.parallel.groups import Group
 
@@ -33,7 +33,7 @@ class Watchdog:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         group: Group,
         lost: Callable[[str], None] = lost,
         *,
