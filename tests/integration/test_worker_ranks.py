@@ -59,9 +59,11 @@ async def _run(driver: WorkerDriver, names: list[str], count: int) -> None:
         await driver.until(lambda before=before: driver.iterations > before)  # type: ignore[misc]
 
 
-def _pod(folder: Path, model: Path, stack: contextlib.ExitStack, *flags: str) -> Pod:
+def _pod(
+    folder: Path, model: Path, stack: contextlib.ExitStack, *flags: str, ranks: int = 1
+) -> Pod:
     folder.mkdir(exist_ok=True)
-    return Pod(folder, model, stack, ENOUGH, 64, worker_flags=flags)
+    return Pod(folder, model, stack, ENOUGH, 64, worker_flags=flags, ranks=ranks)
 
 
 async def _single(folder: Path, model: Path, prompts: list[list[int]]) -> dict[str, list[int]]:
@@ -90,7 +92,7 @@ async def test_a_group_gives_the_tokens_of_one_process(
     expected = await _single(tmp_path / "one", model, prompts)
     with contextlib.ExitStack() as stack:
         shape = (f"--tensor-parallel-size={tp}", f"--pipeline-parallel-size={pp}")
-        pod = _pod(tmp_path / "group", model, stack, *shape, *flags)
+        pod = _pod(tmp_path / "group", model, stack, *shape, *flags, ranks=tp * pp)
         assert await answers(pod, prompts) == expected
         kinds = {name for name in pod.metrics() if name.startswith("fastserve_comm_seconds_count")}
         assert ("reduce" in str(kinds)) and "plan" in str(kinds)
@@ -104,7 +106,7 @@ async def test_a_rank_that_is_lost_takes_the_group_down_and_jobs_go_on(
     tiny_model(model)
     prompts = PROMPTS_OF_BYTES[:1]
     with contextlib.ExitStack() as stack:
-        pod = _pod(tmp_path / "group", model, stack, "--tensor-parallel-size=2")
+        pod = _pod(tmp_path / "group", model, stack, "--tensor-parallel-size=2", ranks=2)
         async with pod.driver() as driver:
             name = driver.job("a", prompts[0], temperature=0.0)
             expected = list(await driver.generate(name, 60))

@@ -19,7 +19,7 @@ from fastserve.worker.parallel.groups import Group
 
 log = structlog.get_logger(__name__)
 _BEAT_S = 0.25
-LOST_S = 3.0  # without a beat
+LOST_S = 2.0  # without a beat
 
 
 def lost(reason: str) -> None:
