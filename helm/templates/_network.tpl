@@ -1,8 +1,14 @@
 {{/* What every FastServe pod may reach: names, and where traces go. */}}
 {{- define "fastserve.commonEgress" -}}
-- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+- ports: # 5353: behind the Service of OpenShift's DNS
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+    - {port: 5353, protocol: UDP}
+    - {port: 5353, protocol: TCP}
+  {{- with .Values.networkPolicy.dnsTo }}
   to:
-    {{- toYaml .Values.networkPolicy.dnsTo | nindent 4 }}
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- if .Values.otel.endpoint }}
 - ports: [{port: {{ .Values.otel.endpoint | urlParse | dig "host" "" | regexFind "[0-9]+$" | default "4317" | int }}, protocol: TCP}]
   {{- with .Values.networkPolicy.otelTo }}

@@ -132,6 +132,8 @@ lifecycle:
           name: {{ .it.root.Values.huggingface.existingSecret }}
           key: {{ .it.root.Values.huggingface.key }}
     {{- end }}
+  resources:
+    {{- toYaml .it.root.Values.huggingface.resources | nindent 4 }}
   securityContext:
     {{- toYaml .it.root.Values.securityContext | nindent 4 }}
   volumeMounts:

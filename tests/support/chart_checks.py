@@ -323,9 +323,7 @@ def unsafe(manifests: list[Manifest]) -> list[str]:
                 wrong.append(f"{owner}, {container['name']} may gain rights or write to its image")
             if own.get("capabilities", {}).get("drop") != ["ALL"]:
                 wrong.append(f"{owner}, {container['name']} has capabilities")
-            if "memory" not in container.get("resources", {}).get("limits", {}) and (
-                container["name"] != "download"
-            ):
+            if "memory" not in container.get("resources", {}).get("limits", {}):
                 wrong.append(f"{owner}, {container['name']} has no memory limit")
     return wrong
 
