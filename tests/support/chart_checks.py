@@ -246,7 +246,8 @@ def _of_dashboard(dashboard: Any) -> Iterator[str]:
     if isinstance(dashboard, dict):
         for key, value in dashboard.items():
             if key in ("expr", "definition") and isinstance(value, str):
-                yield value.replace("label_values(", "").replace("$__rate_interval", "5m")
+                series = re.fullmatch(r"label_values\((.*), \w+\)", value)
+                yield (series[1] if series else value).replace("$__rate_interval", "5m")
             else:
                 yield from _of_dashboard(value)
     elif isinstance(dashboard, list):
