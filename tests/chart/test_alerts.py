@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from support.chart import find, render
-from support.chart_checks import expressions
+from support.chart_promql import expressions
 
 PROMTOOL = shutil.which("promtool")
 pytestmark = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")

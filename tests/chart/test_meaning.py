@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastserve.common import download
+from fastserve.common.errors import StartupError
 from fastserve.common.settings import load_settings
 from support import chart_checks as checks
 from support.chart import (
@@ -22,7 +24,7 @@ from support.chart import (
     render,
     service_of,
 )
-from support.services import SETTINGS, metrics
+from support.services import SETTINGS
 
 Check = Callable[[list[Manifest]], list[str]]
 CHECKS: list[Check] = [
@@ -237,30 +239,55 @@ def test_every_check_was_seen_to_fail() -> None:
 # --- settings and commands --------------------------------------------------------------------
 
 
-def test_services_accept_what_the_chart_renders(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[list[Manifest]], list[str]]:
+    """What services say to the environment that is rendered for them."""
     for name in list(os.environ):
         if name.startswith("FASTSERVE_"):
             monkeypatch.delenv(name)
-    for case in CASES:
-        if case == "nodes" and not HAS_RANKS:
-            continue
-        for where, _, found in checks.ours(render(case)):
+
+    def ask(manifests: list[Manifest]) -> list[str]:
+        said = []
+        for where, _, found in checks.ours(manifests):
             with monkeypatch.context() as patch:
                 for name, given in environment(found).items():
-                    text = str(given) if isinstance(given, str) else "redis://from-a-secret/0"
-                    # Folders that are there in the container alone.
-                    text = text.replace("/var/lib/fastserve/disk", str(tmp_path))
-                    patch.setenv(name, text)
-                service = service_of(found)
-                settings = load_settings(SETTINGS[service], where, found.get("args", []))
-            given_names = {
-                name.removeprefix("FASTSERVE_").lower()
-                for name in environment(found)
-                if name.startswith("FASTSERVE_")
-            }
-            assert given_names <= settings.model_fields_set | set(type(settings).model_fields)
+                    text = given if isinstance(given, str) else "redis://from-a-secret/0"
+                    # A folder that is there in the container alone.
+                    patch.setenv(name, text.replace("/var/lib/fastserve/disk", str(tmp_path)))
+                flags = [] if "torch.distributed.run" in found["command"] else found.get("args", [])
+                try:
+                    load_settings(SETTINGS[service_of(found)], where, flags)
+                except StartupError as error:
+                    said.append(f"{where}: {error}")
+        return said
+
+    return ask
+
+
+def test_services_accept_what_the_chart_renders(refused: Check) -> None:
+    for case in CASES:
+        assert refused(render(case)) == [], case
+
+
+@pytest.mark.parametrize(
+    ("where", "variable", "wrong"),
+    [
+        ("gateway", "FASTSERVE_SCHEDULER", "scheduler:7070"),  # a list is JSON
+        ("scheduler", "FASTSERVE_DISCOVERY", "gossip"),
+        ("scheduler", "FASTSERVE_SHARD", "a/b"),
+        ("kv-offload", "FASTSERVE_HOST_MEMORY", "1Gi"),  # Kubernetes' way to write it
+        ("worker", "FASTSERVE_METRICS_PORT", "91000"),
+        ("worker", "FASTSERVE_SHUTDOWN_TIMEOUT", "60s"),
+    ],
+)
+def test_what_a_service_would_refuse_is_noticed(
+    refused: Check, where: str, variable: str, wrong: str
+) -> None:
+    manifests = render("default")
+    value(variable, wrong, where)(manifests)
+    assert len(refused(manifests)) == 1
 
 
 def test_settings_of_the_values_reach_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,113 +339,6 @@ def test_ranks_start_with_flags_that_torchrun_has() -> None:
         assert options.module and options.training_script == "fastserve.worker"
         host = options.master_addr.replace("$(GROUP)", owner.split()[1])
         assert (host, options.master_port) in checks.addresses(render("nodes"))
-
-
-# --- metrics ------------------------------------------------------------------------------------
-
-
-def test_alerts_dashboards_and_autoscalers_use_metrics_that_exist() -> None:
-    count = 0
-    for case in CASES:
-        for expression in checks.expressions(render(case)):
-            count += 1
-            assert checks.wrong_series(expression) == [], expression
-    assert count > 60
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
-        "rate(fastserve_preemption_total[5m])",
-        "fastserve_preemptions",  # which Prometheus calls fastserve_preemptions_total
-        'sum(fastserve_queue_depth{stage="1"})',
-        "sum by (lever) (fastserve_queue_depth)",
-        "vllm:time_to_first_token_seconds",  # a histogram has no series of its own name
-        'fastserve_queued_work_seconds{worker="a", sard="b"}',
-    ],
-)
-def test_a_metric_that_does_not_exist_is_noticed(expression: str) -> None:
-    assert checks.wrong_series(expression) != []
-
-
-def test_autoscalers_ask_for_the_queued_work_of_their_model() -> None:
-    for case in ("keda", "prometheus-adapter"):
-        found = [e for e in checks.expressions(render(case)) if "queued" in e and "smollm2" in e]
-        assert len(found) == 1 and 'shard="smollm2"' in found[0]
-    assert {"worker", "shard"} <= metrics()["fastserve_queued_work_seconds"]
-
-
-# --- who may talk to whom -----------------------------------------------------------------------
-
-# DESIGN.md 1: client, gateway, scheduler, Redis and worker; sidecars among themselves.
-EDGES = {
-    ("stranger", "gateway", 8000),
-    ("test", "gateway", 8000),
-    ("gateway", "scheduler", 7070),
-    ("scheduler", "redis", 6379),
-    ("scheduler", "worker", 7071),
-}
-PEERS = {("worker", "worker", 7072)}
-
-
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("default", EDGES),
-        ("gpu", EDGES),
-        ("models", EDGES),
-        ("tls", EDGES | PEERS),
-        ("redis", EDGES - {("scheduler", "redis", 6379)}),
-    ],
-)
-def test_network_policies_let_through_what_the_architecture_has(
-    case: str, expected: set[tuple[str, str, int]]
-) -> None:
-    assert checks.edges(render(case)) == expected
-
-
-def test_ranks_of_groups_reach_each_other_on_any_port() -> None:
-    among = {edge for edge in checks.edges(render("nodes")) if edge[:2] == ("worker", "worker")}
-    assert among > PEERS
-    assert checks.edges(render("nodes")) - among == EDGES
-
-
-def test_restricted_clients() -> None:
-    edges = checks.edges(render("everything"))
-    assert ("stranger", "gateway", 8000) not in edges and ("test", "gateway", 8000) in edges
-    assert {edge for edge in edges if edge[1] == "collector"} == {
-        (source, "collector", 4317) for source in ("gateway", "scheduler", "worker")
-    }
-
-
-def test_models_are_kept_apart() -> None:
-    crossing = checks.crossing(render("models"))
-    assert crossing == set()
-    assert checks.crossing(render("off")) == set(), "one model has nobody to cross to"
-
-
-def test_a_policy_that_lets_more_or_less_through_is_noticed() -> None:
-    for break_it in (
-        without("NetworkPolicy", "redis"),
-        without("NetworkPolicy", "worker"),
-        in_spec("NetworkPolicy", "scheduler", ingress=[{}]),
-        in_spec("NetworkPolicy", "scheduler", egress=[]),
-        in_spec("NetworkPolicy", "gateway", ingress=[]),
-        in_spec("NetworkPolicy", "worker", policyTypes=["Egress"]),
-    ):
-        manifests = render("default")
-        break_it(manifests)
-        assert checks.edges(manifests) != EDGES
-
-
-def test_policies_without_the_label_of_the_model_would_be_noticed() -> None:
-    manifests = render("models")
-    for manifest in manifests:
-        if manifest["kind"] == "NetworkPolicy":
-            for rule in [*manifest["spec"]["ingress"], *manifest["spec"].get("egress", [])]:
-                for peer in [*rule.get("from", []), *rule.get("to", [])]:
-                    peer.get("podSelector", {}).get("matchLabels", {}).pop("fastserve/model", None)
-    assert checks.crossing(manifests) != set()
 
 
 # --- what else must be so -----------------------------------------------------------------------

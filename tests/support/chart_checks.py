@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from support import services
 from support.chart import NAMESPACE, Manifest, containers, environment, pods, service_of
@@ -14,11 +12,6 @@ DOMAIN = f"{NAMESPACE}.svc.cluster.local"
 # Set for Python's and the container's own sake, or substituted into arguments.
 _PLAIN = {"NODE_RANK", "GROUP"}
 _FOREIGN = {"valkey", "jaeger", "collector", "test"}
-# Added by Prometheus when it scrapes.
-_SCRAPED = {"namespace", "pod", "job", "instance", "service", "endpoint", "container", "le"}
-_SERIES = re.compile(r"((?:fastserve_|vllm:)\w+)\s*(\{[^}]*\})?")
-_LABEL = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
-_GROUPED = re.compile(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)")
 
 
 def ours(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest, Manifest]]:
@@ -72,7 +65,7 @@ def wrong_ports(manifests: list[Manifest]) -> list[str]:
                     port = container.get(probe, {}).get(kind, {}).get("port")
                     if port is not None and port not in named and port not in named.values():
                         wrong.append(f"{owner}, {container['name']}: {probe} of port {port}")
-    for service in _of(manifests, "Service"):
+    for service in of_kind(manifests, "Service"):
         for pod in _selected(manifests, service["spec"]["selector"]):
             open_ports = {port["name"] for c in containers(pod) for port in c.get("ports", [])}
             wrong += [
@@ -122,11 +115,11 @@ def wrong_addresses(manifests: list[Manifest]) -> list[str]:
 def addresses(manifests: list[Manifest]) -> set[tuple[str, int]]:
     """Names and ports that Services and StatefulSets make, at most."""
     found = set()
-    for service in _of(manifests, "Service"):
+    for service in of_kind(manifests, "Service"):
         host = f"{service['metadata']['name']}.{DOMAIN}"
         ports = {port["port"] for port in service["spec"]["ports"]}
         found |= {(host, port) for port in ports}
-        for sts in _of(manifests, "StatefulSet"):
+        for sts in of_kind(manifests, "StatefulSet"):
             if sts["spec"]["serviceName"] in (
                 service["metadata"]["name"],
                 f"{service['metadata']['name']}-ranks",
@@ -179,7 +172,7 @@ def wrong_selectors(manifests: list[Manifest]) -> list[str]:
         elif kind == "ServiceMonitor":
             chosen = [
                 service
-                for service in _of(manifests, "Service")
+                for service in of_kind(manifests, "Service")
                 if spec["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
             ]
             ports = {port["name"] for service in chosen for port in service["spec"]["ports"]}
@@ -191,75 +184,20 @@ def wrong_selectors(manifests: list[Manifest]) -> list[str]:
         elif kind in ("HorizontalPodAutoscaler", "ScaledObject"):
             target = spec["scaleTargetRef"]
             scaled = [
-                m for m in _of(manifests, target["kind"]) if m["metadata"]["name"] == target["name"]
+                m
+                for m in of_kind(manifests, target["kind"])
+                if m["metadata"]["name"] == target["name"]
             ]
             if len(scaled) != 1 or "replicas" in scaled[0]["spec"]:
                 wrong.append(f"{kind} {name}: {target['name']} is not there, or has replicas")
     return wrong
 
 
-def wrong_series(text: str) -> list[str]:
-    """Metrics in PromQL exist, with the labels that are asked for. `text`: one expression."""
-    known = services.metrics()
-    wrong, labels = [], set()
-    for name, selector in _SERIES.findall(text):
-        if name not in known:
-            wrong.append(f"no metric {name}")
-            continue
-        labels |= known[name]
-        asked = set(_LABEL.findall(selector)) - _SCRAPED
-        # An absent label may be asked for as absent.
-        absent = {label for label in asked if f'{label}=""' in selector}
-        wrong += [f"{name} has no label {label}" for label in asked - known[name] - absent]
-    for group in _GROUPED.findall(text):
-        asked = {label.strip() for label in group.split(",") if label.strip()}
-        wrong += [f"nothing has the label {label}" for label in asked - labels - _SCRAPED]
-    return wrong
-
-
-def expressions(manifests: list[Manifest]) -> Iterator[str]:
-    """All PromQL: alerts, dashboards, autoscalers."""
-    for manifest in manifests:
-        spec = manifest.get("spec", {})
-        if manifest["kind"] == "PrometheusRule":
-            for group in spec["groups"]:
-                yield from (rule["expr"] for rule in group["rules"])
-        elif manifest["kind"] == "ScaledObject":
-            yield from (trigger["metadata"]["query"] for trigger in spec["triggers"])
-        elif manifest["kind"] == "HorizontalPodAutoscaler":
-            for metric in spec["metrics"]:
-                if metric["type"] == "External":
-                    wanted = metric["external"]["metric"]
-                    labels = ",".join(
-                        f'{k}="{v}"' for k, v in wanted["selector"]["matchLabels"].items()
-                    )
-                    yield f"{wanted['name']}{{{labels}}}"
-        elif manifest["kind"] == "ConfigMap":
-            for name, text in manifest["data"].items():
-                if name.endswith(".json"):
-                    yield from _of_dashboard(json.loads(text))
-                elif "seriesQuery" in text:
-                    yield from re.findall(r"seriesQuery: (.*)", text)
-
-
-def _of_dashboard(dashboard: Any) -> Iterator[str]:
-    if isinstance(dashboard, dict):
-        for key, value in dashboard.items():
-            if key in ("expr", "definition") and isinstance(value, str):
-                series = re.fullmatch(r"label_values\((.*), \w+\)", value)
-                yield (series[1] if series else value).replace("$__rate_interval", "5m")
-            else:
-                yield from _of_dashboard(value)
-    elif isinstance(dashboard, list):
-        for value in dashboard:
-            yield from _of_dashboard(value)
-
-
 def wrong_paths(manifests: list[Manifest]) -> list[str]:
     """Volumes that are mounted exist; files that settings name lie in volumes that hold them."""
     claims = {
         (m["metadata"]["name"], claim["metadata"]["name"])
-        for m in _of(manifests, "StatefulSet")
+        for m in of_kind(manifests, "StatefulSet")
         for claim in m["spec"].get("volumeClaimTemplates", [])
     }
     wrong = []
@@ -275,7 +213,8 @@ def wrong_paths(manifests: list[Manifest]) -> list[str]:
             ]
             for variable, value in environment(container).items():
                 path = str(value).removeprefix("unix:")
-                if not path.startswith("/") or path.startswith(("/models", "/smol")):
+                in_image = path.startswith("/models/")
+                if not path.startswith("/") or in_image or variable == "FASTSERVE_ROOT_PATH":
                     continue
                 folder = next((m for m in mounts if path == m or path.startswith(f"{m}/")), None)
                 if folder is None:
@@ -296,7 +235,9 @@ def _holds(volume: Manifest, file: str, manifests: list[Manifest]) -> bool:
     secret = volume["secret"]
     if "items" in secret:
         return file in {item["path"] for item in secret["items"]}
-    made = [s for s in _of(manifests, "Secret") if s["metadata"]["name"] == secret["secretName"]]
+    made = [
+        s for s in of_kind(manifests, "Secret") if s["metadata"]["name"] == secret["secretName"]
+    ]
     return file in made[0]["data"] if made else file in _TLS_KEYS | {"token"}
 
 
@@ -344,83 +285,7 @@ def short_graces(manifests: list[Manifest]) -> list[str]:
     return wrong
 
 
-def edges(manifests: list[Manifest]) -> set[tuple[str, str, int]]:
-    """Component to component and port that all policies of both ends let through."""
-    everybody = [pod["metadata"]["labels"] for _, pod in pods(manifests)]
-    everybody.append({"app.kubernetes.io/component": "stranger"})
-    ports = {
-        (str(pod["metadata"]["labels"]["app.kubernetes.io/component"]), port["containerPort"])
-        for _, pod in pods(manifests)
-        for container in containers(pod)
-        for port in container.get("ports", [])
-    }
-    found = set()
-    for source in everybody:
-        for target in everybody:
-            for component, port in ports:
-                if target["app.kubernetes.io/component"] != component:
-                    continue
-                if _lets(manifests, source, target, port, "egress") and _lets(
-                    manifests, source, target, port, "ingress"
-                ):
-                    found.add((source["app.kubernetes.io/component"], component, port))
-    return found
-
-
-def crossing(manifests: list[Manifest]) -> set[tuple[str, str, int]]:
-    """Edges from a pod of one model to a pod of another."""
-    label = "fastserve/model"
-    found = set()
-    for _, source in pods(manifests):
-        for _, target in pods(manifests):
-            here, there = source["metadata"]["labels"], target["metadata"]["labels"]
-            if here.get(label, "") == there.get(label, "") or not (
-                label in here and label in there
-            ):
-                continue
-            component = there["app.kubernetes.io/component"]
-            if component == "gateway":  # open to everybody
-                continue
-            for port in (
-                p["containerPort"] for c in containers(target) for p in c.get("ports", [])
-            ):
-                if _lets(manifests, here, there, port, "egress") and _lets(
-                    manifests, here, there, port, "ingress"
-                ):
-                    found.add((here["app.kubernetes.io/component"], component, port))
-    return found
-
-
-def _lets(
-    manifests: list[Manifest], source: Manifest, target: Manifest, port: int, way: str
-) -> bool:
-    this, other, key = (source, target, "to") if way == "egress" else (target, source, "from")
-    policies = [
-        policy["spec"]
-        for policy in _of(manifests, "NetworkPolicy")
-        if _matches(policy["spec"]["podSelector"], this)
-        and way.capitalize() in policy["spec"]["policyTypes"]
-    ]
-    return not policies or any(
-        (not rule.get("ports") or port in {p["port"] for p in rule["ports"]})
-        and (
-            key not in rule
-            or any("podSelector" in p and _matches(p["podSelector"], other) for p in rule[key])
-        )
-        for policy in policies
-        for rule in policy.get(way) or []
-    )
-
-
-def _matches(selector: Manifest, labels: Manifest) -> bool:
-    for expression in selector.get("matchExpressions", []):
-        value = labels.get(expression["key"])
-        if value is None or value not in expression.get("values", [value]):
-            return False
-    return bool(selector.get("matchLabels", {}).items() <= labels.items())
-
-
-def _of(manifests: list[Manifest], kind: str) -> list[Manifest]:
+def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest["kind"] == kind]
 
 

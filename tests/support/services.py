@@ -48,7 +48,6 @@ def library_variables() -> set[str]:
     import huggingface_hub.constants as hub
 
     read = {value for value in vars(otel).values() if isinstance(value, str)}
-    read |= {"OTEL_EXPORTER_OTLP_INSECURE"}
     files = [Path(hub.__file__), *ROOT.glob("services/*/src/**/*.py")]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
