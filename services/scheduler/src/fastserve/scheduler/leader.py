@@ -82,7 +82,7 @@ class Leader:
         self.hub = GatewayHub(self.engine, self.jobs, clock, settings.shard, term.epoch)
         self.links = [
             WorkerLink(address, settings.shard, term.epoch, self.engine, clock, metrics)
-            for address in settings.worker
+            for address in settings.workers
         ]
 
     async def restore(self) -> None:
