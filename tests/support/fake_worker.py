@@ -98,6 +98,7 @@ class _Stream:
     iteration: int = 0
     # Operation id, kind, handle, blocks.
     pending: list[tuple[int, int, int, int]] = field(default_factory=list)
+    restate: asyncio.Event = field(default_factory=asyncio.Event)  # a report is due
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     refusal: tuple[grpc.StatusCode, str] = (grpc.StatusCode.UNAVAILABLE, "stream broken")
 
@@ -148,7 +149,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.shard: str | None = None  # of the first scheduler
         self.prefilled: dict[str, int] = {}  # prompt and recomputed tokens processed, by job
         self.fail_next: dict[str, str] = {}  # job id -> how it fails in the next iteration
-        self._iteration_s = iteration_s
+        self.may_leave = asyncio.Event()  # a plan said so
+        self.iteration_s = iteration_s
         self._jobs: dict[str, _Job] = {}
         self._stream: _Stream | None = None
         self._seen_epoch = 0
@@ -179,6 +181,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         """As if the connection broke: what the worker holds stays."""
         if self._stream is not None:
             self._stream.ended.set()
+
+    def drain(self, draining: bool = True) -> None:
+        """As on SIGTERM: it asks for its jobs to be taken away."""
+        self.described.draining = draining
+        self.may_leave.clear()
+        if self._stream is not None:
+            self._stream.restate.set()
 
     def lose_kv(self, *, host: bool) -> None:
         """As if the process had died and come back: device KV is gone, host KV if `host`."""
@@ -254,13 +263,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         report.inventory.host_tokens.extend(job.host for job in held)
         await context.write(worker_pb2.RunResponse(report=report))
         while True:
-            if not self._runnable(stream) and not stream.pending and stream.plans.empty():
-                self._apply(stream, await stream.plans.get())
+            idle = not self._runnable(stream) and not stream.pending and stream.plans.empty()
+            if idle and not await self._next_plan(stream):
+                await context.write(worker_pb2.RunResponse(report=self._report(stream)))
+                continue
             while not stream.plans.empty():
                 self._apply(stream, stream.plans.get_nowait())
             if self._runnable(stream):
                 await self.gate.enter()
-                await asyncio.sleep(self._iteration_s)
+                await asyncio.sleep(self.iteration_s)
                 if stream.ended.is_set():
                     return
                 while not stream.plans.empty():  # the boundary is now
@@ -281,8 +292,24 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             free_device_blocks=self._free_device(),
             free_host_blocks=self._free_host(),
             started_unix_s=time.time(),
-            seconds=self._iteration_s,
+            seconds=self.iteration_s,
+            draining=self.described.draining,
         )
+
+    async def _next_plan(self, stream: _Stream) -> bool:
+        """Wait for one; False if there is something to report first."""
+        plan = asyncio.ensure_future(stream.plans.get())
+        restate = asyncio.ensure_future(stream.restate.wait())
+        try:
+            await asyncio.wait({plan, restate}, return_when=asyncio.FIRST_COMPLETED)
+            if plan.done():
+                self._apply(stream, plan.result())
+                return True
+            stream.restate.clear()
+            return False
+        finally:
+            plan.cancel()
+            restate.cancel()
 
     def _runnable(self, stream: _Stream) -> bool:
         return stream.lease > 0 and any(
@@ -297,6 +324,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if plan.scheduler_epoch != stream.epoch or plan.reset:
             self.violations.append("plan of another epoch, or a second reset")
         stream.plan_id, stream.lease = plan.plan_id, plan.lease
+        if plan.HasField("drain"):
+            self.drain(plan.drain)
+        if plan.may_leave:
+            self.may_leave.set()
+        if self.described.draining and plan.new_jobs and self.may_leave.is_set():
+            self.violations.append("new jobs for a worker that may leave")
         for new in plan.new_jobs:
             self._admit(stream, new)
         ops = zip(plan.op_ids, plan.ops, plan.op_handles, plan.op_blocks, strict=True)

@@ -98,8 +98,10 @@ def test_wrong_settings_are_one_sentence(flags: list[str], message: str) -> None
         (["--redis-url", "redis://r", "--discovery", "dns", "--worker", "w"], "a name and a port"),
         (["--redis-url", "redis://r", "--discovery", "kubernetes"], "needs --kubernetes-service"),
         (
-            ["--redis-url", "redis://r", "--discovery=kubernetes", "--kubernetes-service=w"]
-            + ["--worker", "w:1"],
+            [
+                *("--redis-url", "redis://r", "--discovery", "kubernetes"),
+                *("--kubernetes-service", "w", "--worker", "w:1"),
+            ],
             "does not go with",
         ),
         (["--redis-url", "redis://r", "--discovery", "gossip"], "discovery"),

@@ -77,6 +77,7 @@ class Leader:
             metrics,
             self._traces,
             epoch=term.epoch,
+            worker_timeout=settings.worker_timeout,
             workers_changed=self._workers_changed,
         )
         self.hub = GatewayHub(self.engine, self.jobs, clock, settings.shard, term.epoch)
@@ -208,13 +209,24 @@ class Leader:
             self._metrics.set_costs(
                 {link.worker_id: self.core.cost_model(link.worker_id) for link in self.engine.links}
             )
+            self._metrics.set_groups(
+                {
+                    link.worker_id: self.core.jobs_of(link.worker_id)[0]
+                    for link in self.engine.links
+                },
+                len(self.engine.links) - self.engine.takers,
+            )
             self._metrics.gateways.set(self.hub.sessions)
             self.hub.announce(always=True, live_jobs=len(jobs))
             await asyncio.sleep(_GAUGES_S)
 
     def _workers_changed(self) -> None:
         """Model and limits stay as they were while no worker is connected."""
-        workers = [link.described for link in self.engine.links if link.described is not None]
+        workers = [
+            link.described
+            for link in self.engine.links
+            if link.described is not None and not self.core.draining(link.worker_id)
+        ]
         if not workers:
             self.hub.announce(ready=False)
             return

@@ -48,6 +48,21 @@ class Servicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         leader = await self._leader(context)
         return leader.snapshot(include_jobs=request.include_jobs)
 
+    async def Drain(
+        self,
+        request: scheduler_pb2.DrainRequest,
+        context: aio.ServicerContext[Any, Any],
+    ) -> scheduler_pb2.DrainResponse:
+        leader = await self._leader(context)
+        engine = leader.engine
+        try:
+            jobs = engine.order_drain(request.worker_id, not request.undo)
+        except KeyError:
+            known = ", ".join(sorted(link.worker_id for link in engine.links)) or "none"
+            text = f"no worker {request.worker_id!r} is connected (there are: {known})"
+            await context.abort(grpc.StatusCode.NOT_FOUND, text)
+        return scheduler_pb2.DrainResponse(jobs=jobs, others=engine.takers)
+
     async def _leader(self, context: aio.ServicerContext[Any, Any]) -> Leader:
         if self.leader is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "standby: another scheduler leads")

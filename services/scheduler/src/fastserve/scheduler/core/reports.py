@@ -145,8 +145,7 @@ class ReportReader:
                 came_back.op = None
             return
         job = op.job
-        assert job is not None
-        if not job.live:
+        if job is None or not job.live:
             leftover = group.to_release.get(op.job_id)
             if leftover is not None:
                 leftover.busy = False
