@@ -37,6 +37,7 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
         self._settings, self._owners, self._peers = settings, owners, peers
         self._metrics = metrics
         self._epoch = time.time_ns()
+        self.peer_address = ""  # where other sidecars reach this one
         self._committed_bytes = self._read_bytes = self._released = self._rejected = 0
 
     @refusing
@@ -56,11 +57,19 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
             free_blocks=tiers.table.room,
             verify=self._settings.verify,
             owner_lease_seconds=self._settings.owner_lease,
+            peer_address=self.peer_address,
         )
 
     @refusing
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
-        return pb.RenewResponse(free_blocks=self._owner(request).tiers.table.room)
+        owner = self._owner(request)
+        self._owners.renew(owner)
+        return pb.RenewResponse(free_blocks=owner.tiers.table.room)
+
+    @refusing
+    async def Detach(self, request: pb.DetachRequest, context: Context) -> pb.DetachResponse:
+        self._owners.detach(self._owner(request))
+        return pb.DetachResponse()
 
     @refusing
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -38,6 +39,8 @@ from fastserve.scheduler.worker_link import WorkerLink
 log = structlog.get_logger(__name__)
 
 _GAUGES_S: Final = 0.5
+_FIRST_WORKER_S: Final = 0.5
+_POLL_S: Final = 0.005
 
 
 class Leader:
@@ -157,8 +160,11 @@ class Leader:
             self._traces.begin(record, now, restored=True)
             self.journal.mark(record, placed=True)  # places are counted anew
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop`. Raises `FencedError` when another leader took over."""
+    async def run(self, stop: asyncio.Event, opened: Callable[[], Awaitable[None]]) -> None:
+        """Serve until `stop`. Raises `FencedError` when another leader took over.
+
+        `opened` is called when gateways are welcome: when there is a worker, or soon.
+        """
         self._durability_changed(True)
         fenced: FencedError | None = None
         try:
@@ -172,6 +178,8 @@ class Leader:
                     group.create_task(self._gauge()),
                 ]
                 running = [group.create_task(link.run()) for link in self.links]
+                await self._first_worker(stop)
+                await opened()
                 await stop.wait()
                 await self._resign(running)
                 for task in [writing, *others]:
@@ -183,6 +191,14 @@ class Leader:
             self._traces.close(self._clock.now())
         if fenced is not None:
             raise fenced
+
+    async def _first_worker(self, stop: asyncio.Event) -> None:
+        """Jobs that came before it would be refused."""
+        deadline = self._clock.now() + _FIRST_WORKER_S
+        while not (self.engine.links or stop.is_set()):  # once, at the start
+            if self._clock.now() > deadline:
+                return
+            await asyncio.sleep(_POLL_S)
 
     async def _resign(self, links: list[asyncio.Task[None]]) -> None:
         """Jobs are not waited for: they go on under the next leader from what is written."""

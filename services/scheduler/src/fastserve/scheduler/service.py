@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
@@ -130,10 +131,7 @@ class Service:
         leader = Leader(self.settings, self._store, term, self._clock, self._metrics)
         try:
             await leader.restore()
-            self._servicer.leader = leader
-            await self._server.set_serving(True)
-            self._metrics.leader.set(1)
-            await leader.run(stop)
+            await leader.run(stop, partial(self._open, leader))
         except FencedError as error:
             log.warning("another scheduler leads: stepping down", reason=str(error))
         except StoreError as error:
@@ -146,6 +144,12 @@ class Service:
             await self._store.release(term.epoch)
         except StoreError as error:
             log.warning("lease not released: it will expire", reason=str(error))
+
+    async def _open(self, leader: Leader) -> None:
+        """Let gateways in."""
+        self._servicer.leader = leader
+        await self._server.set_serving(True)
+        self._metrics.leader.set(1)
 
 
 async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:

@@ -30,7 +30,7 @@ _DESCRIBE_TIMEOUT_S: Final = 5.0
 # KV copies under way end before the inventory is told.
 _INVENTORY_TIMEOUT_S: Final = 30.0
 _FIRST_PAUSE_S: Final = 0.1
-_LONGEST_PAUSE_S: Final = 2.0
+_LONGEST_PAUSE_S: Final = 0.5
 _LONGEST_BAN_S: Final = 60.0  # of a worker that breaks the protocol; also how long that is held
 #                               against it
 _KINDS: Final = {
