@@ -98,8 +98,8 @@ class Cluster:
             self.gateways.remove(f"http://{running.info['address']}")
         return code
 
-    async def start(self, name: str) -> None:
-        """Again; returns once it is ready."""
+    async def start(self, name: str, *, settle: bool = True) -> None:
+        """Again; returns once it is ready, and with `settle` connected to the others."""
         kind, _, at = name.rpartition("-")
         begin: Callable[[], object] = {
             "gateway": lambda: self._start_gateway(int(at)),
@@ -108,7 +108,8 @@ class Cluster:
             "sidecar": lambda: self._start_pod_part("sidecar", int(at)),
         }[kind]
         await asyncio.to_thread(begin)
-        await eventually_async(self.settled, f"all connected after {name} came back", 30)
+        if settle:
+            await eventually_async(self.settled, f"all connected after {name} came back", 30)
 
     async def settled(self) -> bool:
         """Whether a scheduler leads and is connected to all workers, none of which drains."""

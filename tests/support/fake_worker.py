@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,6 +149,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.shard: str | None = None  # of the first scheduler
         self.prefilled: dict[str, int] = {}  # prompt and recomputed tokens processed, by job
         self.fail_next: dict[str, str] = {}  # job id -> how it fails in the next iteration
+        self.mangle: Callable[[worker_pb2.IterationReport], None] = lambda _: None
+        #   what a broken worker does to its reports
         self.may_leave = asyncio.Event()  # a plan said so
         self.iteration_s = iteration_s
         self._jobs: dict[str, _Job] = {}
@@ -283,6 +285,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             if report.iteration or report.done_op_ids:
                 report.free_device_blocks = self._free_device()
                 report.free_host_blocks = self._free_host()
+                if report.iteration:
+                    self.mangle(report)
                 await context.write(worker_pb2.RunResponse(report=report))
 
     def _report(self, stream: _Stream) -> worker_pb2.IterationReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ class Groups:
     def longest_pause(self, job_id: str) -> int:
         """Steps without a token between two tokens."""
         came = self.came[job_id]
-        return max(after - before - 1 for before, after in zip(came, came[1:], strict=False))
+        return max(after - before - 1 for before, after in itertools.pairwise(came))
 
 
 def test_jobs_are_spread_by_what_groups_can_do() -> None:

@@ -75,6 +75,7 @@ class Engine:
         self._links: dict[str, WorkerLink] = {}  # connected, by worker id
         self._changed = asyncio.Event()
         self.draining = False
+        self.ticks = 0  # of `tick`
 
     @property
     def links(self) -> list[WorkerLink]:
@@ -252,6 +253,7 @@ class Engine:
         """Deadlines, graces, and whatever the core does as time goes by, until cancelled."""
         while True:
             await asyncio.sleep(_TICK_S)
+            self.ticks += 1
             now = self._clock.now()
             for finished in self._core.expire(now):
                 self._end_job(finished.job_id, finished.reason, finished.error, now)
