@@ -62,11 +62,13 @@ async def test_each_component_is_killed(tmp_path: Path) -> None:
             ["worker-1", "sidecar-1"],  # a pod
         ):
             await load.rounds()
+            await load.middle()
             for name in names:
                 await cluster.stop(name, signal.SIGKILL)
             for name in reversed(names):
                 await cluster.start(name, settle=name == names[0])
         await load.rounds()
+        await load.middle()
         valkey.stop()  # SIGKILL, and all that it held is gone
         valkey.start()
         await load.rounds()

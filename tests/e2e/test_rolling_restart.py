@@ -36,6 +36,7 @@ async def rolling_restart(
             await load.learn()
             async with load.running():
                 for name in names(cluster):
+                    await load.middle()
                     if name == "redis":
                         valkey.stop()
                         valkey.start()

@@ -85,20 +85,22 @@ async def test_a_worker_that_hangs_loses_its_jobs(
 
 
 async def test_an_idle_worker_is_not_taken_for_one_that_hangs(valkey: Valkey) -> None:
-    async with two_workers() as (good, bad):
-        async with loaded(valkey, good, bad, worker_timeout=0.1) as (scheduler, views, _):
-            for view in views:
-                await view.finished()
-            good.gate.close()
-            bad.gate.close()
-            # Several times the time-out, by the scheduler's own clock.
-            leader = scheduler.service.leader
-            assert leader is not None
-            ticks = leader.engine.ticks + 20
-            await eventually(lambda: leader.engine.ticks >= ticks, "a second")
-            assert faults(scheduler, "silent") == 0
-            good.gate.open()
-            bad.gate.open()
+    async with (
+        two_workers() as (good, bad),
+        loaded(valkey, good, bad, worker_timeout=0.1) as (scheduler, views, _),
+    ):
+        for view in views:
+            await view.finished()
+        good.gate.close()
+        bad.gate.close()
+        # Several times the time-out, by the scheduler's own clock.
+        leader = scheduler.service.leader
+        assert leader is not None
+        ticks = leader.engine.ticks + 20
+        await eventually(lambda: leader.engine.ticks >= ticks, "a second")
+        assert faults(scheduler, "silent") == 0
+        good.gate.open()
+        bad.gate.open()
 
 
 async def test_a_slow_worker_gets_fewer_jobs(valkey: Valkey) -> None:
@@ -179,21 +181,23 @@ async def test_a_worker_that_talks_nonsense_loses_its_jobs(
 async def test_a_network_that_drops_costs_no_token(
     valkey: Valkey, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with two_workers() as (good, bad), Proxy(bad.address).running() as proxy:
-        async with loaded(valkey, good, proxy.address) as (scheduler, views, _):
-            for view in views:
-                await view.at_least(5)
-            prefilled = sum(bad.prefilled.values())
-            for _ in range(3):
-                before = proxy.connections
-                proxy.drop()
-                await eventually(lambda: proxy.connections > before, "another connection")  # noqa: B023
-                await eventually(lambda: len(placed(scheduler)) == 2, "the worker again")
-            assert faults(scheduler, "stream_lost") >= 1
-            # Jobs whose KV cache it still had came back to it.
-            assert sum(bad.prefilled.values()) < prefilled + JOBS * 20
-            proxy.drop(refuse=True)
-            await eventually(lambda: placed(scheduler) == {"good": JOBS}, "jobs to go elsewhere")
+    async with (
+        two_workers() as (good, bad),
+        Proxy(bad.address).running() as proxy,
+        loaded(valkey, good, proxy.address) as (scheduler, views, _),
+    ):
+        for view in views:
+            await view.at_least(5)
+        prefilled = sum(bad.prefilled.values())
+        for connection in (2, 3, 4):
+            proxy.drop()
+            await proxy.connected(connection)
+            await eventually(lambda: len(placed(scheduler)) == 2, "the worker again")
+        assert faults(scheduler, "stream_lost") >= 1
+        # Jobs whose KV cache it still had came back to it.
+        assert sum(bad.prefilled.values()) < prefilled + JOBS * 20
+        proxy.drop(refuse=True)
+        await eventually(lambda: placed(scheduler) == {"good": JOBS}, "jobs to go elsewhere")
     assert "fault=stream_lost" in capsys.readouterr().out
 
 

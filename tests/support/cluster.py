@@ -35,11 +35,10 @@ class Cluster:
         device_blocks: int = 160,
         scheduler_flags: tuple[str, ...] = (),
         pod_flags: tuple[str, ...] = (),
-        peers: bool = False,
         grace_s: float = 8.0,
     ) -> None:
         """device_blocks: of 8 tokens, per worker; the host has as many. grace_s: of all processes
-        to end in order. peers: sidecars reach each other."""
+        to end in order."""
         self.folder, self.model, self.valkey, self.stack = folder, model, valkey, stack
         self.gateways: list[str] = []
         self.running: dict[str, Running] = {}
@@ -59,7 +58,6 @@ class Cluster:
                     worker_id=f"w{at}",
                     worker_flags=(*self._grace, "--max-model-len", "512", *pod_flags),
                     sidecar_flags=self._grace,
-                    peers=peers,
                 )
             )
         for at in range(2):

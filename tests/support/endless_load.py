@@ -33,6 +33,7 @@ class EndlessLoad:
         self.complete = [0] * count  # answers that ended, by stream
         self.reattached = 0
         self.refused: Counter[str] = Counter()  # of newcomers, by code
+        self._live = [(Answer(), Answer())] * count  # what came before, and from the gateway now
         self._stop = False
 
     def body(self, seed: int) -> dict[str, Any]:
@@ -69,6 +70,18 @@ class EndlessLoad:
             timeout,
         )
 
+    async def middle(self) -> None:
+        """Wait until half of the streams have a fifth of their answer, and not all of it."""
+
+        def begun(before: Answer, now: Answer) -> bool:
+            return self._tokens // 5 <= len(before.ids) + len(now.ids) < self._tokens // 2
+
+        await eventually(
+            lambda: sum(begun(*live) for live in self._live) >= self._count / 2,
+            "streams in the middle",
+            60,
+        )
+
     async def _forever(self, seed: int) -> None:
         while not self._stop:
             answer = await self._whole(seed)
@@ -95,6 +108,7 @@ class EndlessLoad:
         if whole.response_id and whole.ids:
             headers = {"X-FastServe-Answer": whole.response_id, "Last-Event-ID": str(whole.ids[-1])}
         part = Answer()
+        self._live[seed] = (whole, part)
         try:
             async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as http:
                 reply = await stream(http, self.body(seed), part, headers=headers, refusals=True)

@@ -27,7 +27,6 @@ class Pod:
     worker_flags: tuple[str, ...] = ()
     worker_id: str = "w-7"
     sidecar_flags: tuple[str, ...] = ()
-    peers: bool = False  # sidecars reach each other on the loopback
 
     block: ClassVar[int] = 8  # tokens
     block_bytes: ClassVar[int] = 3 * 2 * 2 * 16 * 4 * block  # layers, K, V, heads, head_dim, fp32
@@ -43,10 +42,6 @@ class Pod:
         if self.disk_blocks:
             slot = -(-self.block_bytes // 4096) * 4096
             flags += ["--disk-path", str(self.folder), "--disk-size", str(self.disk_blocks * slot)]
-        if self.peers:
-            token = self.folder / "peer-token"
-            token.write_text("only for tests")
-            flags += ["--peer-listen", "127.0.0.1:0", "--peer-token-file", str(token)]
         flags += self.sidecar_flags
         self.sidecar = self.stack.enter_context(
             service("fastserve.kv_offload", self.folder, *flags)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+from support.waiting import eventually
+
 _CHUNK = 65536
 
 
@@ -31,6 +33,10 @@ class Proxy:
             self.drop()
             if self._tasks:
                 await asyncio.wait(self._tasks)
+
+    async def connected(self, times: int) -> None:
+        """Wait until so many connections were taken."""
+        await eventually(lambda: self.connections >= times, "another connection")
 
     def drop(self, *, refuse: bool = False) -> None:
         """Close all sockets at once, as a network does; refuse: new ones too, until `drop()`."""

@@ -17,7 +17,6 @@ class KvOp(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_OP_DROP_HOST: _ClassVar[KvOp]
     KV_OP_RELEASE: _ClassVar[KvOp]
     KV_OP_COPY_OUT: _ClassVar[KvOp]
-    KV_OP_EXPORT: _ClassVar[KvOp]
 
 class KvStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -26,7 +25,6 @@ class KvStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_STATUS_NO_HOST_SPACE: _ClassVar[KvStatus]
     KV_STATUS_NO_DEVICE_SPACE: _ClassVar[KvStatus]
     KV_STATUS_LOST: _ClassVar[KvStatus]
-    KV_STATUS_NOT_SENT: _ClassVar[KvStatus]
 KV_OP_UNSPECIFIED: KvOp
 KV_OP_OFFLOAD: KvOp
 KV_OP_UPLOAD: KvOp
@@ -34,20 +32,18 @@ KV_OP_DROP_DEVICE: KvOp
 KV_OP_DROP_HOST: KvOp
 KV_OP_RELEASE: KvOp
 KV_OP_COPY_OUT: KvOp
-KV_OP_EXPORT: KvOp
 KV_STATUS_UNSPECIFIED: KvStatus
 KV_STATUS_OK: KvStatus
 KV_STATUS_NO_HOST_SPACE: KvStatus
 KV_STATUS_NO_DEVICE_SPACE: KvStatus
 KV_STATUS_LOST: KvStatus
-KV_STATUS_NOT_SENT: KvStatus
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("worker_id", "epoch", "model", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "block_bytes", "device_blocks", "host_blocks", "tensor_parallel_size", "pipeline_parallel_size", "vocab_size", "eos_token_ids", "prefill_cost", "decode_cost", "draining", "kv_peer")
+    __slots__ = ("worker_id", "epoch", "model", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "block_bytes", "device_blocks", "host_blocks", "tensor_parallel_size", "pipeline_parallel_size", "vocab_size", "eos_token_ids", "prefill_cost", "decode_cost", "draining")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -67,7 +63,6 @@ class DescribeResponse(_message.Message):
     PREFILL_COST_FIELD_NUMBER: _ClassVar[int]
     DECODE_COST_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
-    KV_PEER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     model: str
@@ -87,8 +82,7 @@ class DescribeResponse(_message.Message):
     prefill_cost: CostSample
     decode_cost: CostSample
     draining: bool
-    kv_peer: str
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., prefill_cost: _Optional[_Union[CostSample, _Mapping]] = ..., decode_cost: _Optional[_Union[CostSample, _Mapping]] = ..., draining: _Optional[bool] = ..., kv_peer: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., prefill_cost: _Optional[_Union[CostSample, _Mapping]] = ..., decode_cost: _Optional[_Union[CostSample, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class CostSample(_message.Message):
     __slots__ = ("rows", "new_tokens", "context_tokens", "seconds")
@@ -115,7 +109,7 @@ class RunResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[IterationReport, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard", "op_blocks", "drain", "may_leave", "op_peers", "op_peer_workers")
+    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard", "op_blocks", "drain", "may_leave")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
@@ -130,8 +124,6 @@ class Plan(_message.Message):
     OP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     MAY_LEAVE_FIELD_NUMBER: _ClassVar[int]
-    OP_PEERS_FIELD_NUMBER: _ClassVar[int]
-    OP_PEER_WORKERS_FIELD_NUMBER: _ClassVar[int]
     plan_id: int
     scheduler_epoch: int
     reset: bool
@@ -146,9 +138,7 @@ class Plan(_message.Message):
     op_blocks: _containers.RepeatedScalarFieldContainer[int]
     drain: bool
     may_leave: bool
-    op_peers: _containers.RepeatedScalarFieldContainer[str]
-    op_peer_workers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., op_blocks: _Optional[_Iterable[int]] = ..., drain: _Optional[bool] = ..., may_leave: _Optional[bool] = ..., op_peers: _Optional[_Iterable[str]] = ..., op_peer_workers: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., op_blocks: _Optional[_Iterable[int]] = ..., drain: _Optional[bool] = ..., may_leave: _Optional[bool] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("handle", "job_id", "token_ids", "prompt_len", "sampling", "traceparent")

@@ -45,7 +45,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             peers = _peer_server(owners, auth, metrics)
             credentials = auth.tls.server() if auth.tls is not None else None
             info["peer_address"] = await peers.start(settings.peer_listen, credentials)
-            service.peer_address = settings.peer_advertise or str(info["peer_address"])
             stack.push_async_callback(peers.stop, settings.shutdown_timeout)
         info["metrics_port"] = serve_metrics(
             metrics.registry, settings.metrics_host, settings.metrics_port

@@ -37,7 +37,6 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
         self._settings, self._owners, self._peers = settings, owners, peers
         self._metrics = metrics
         self._epoch = time.time_ns()
-        self.peer_address = ""  # where other sidecars reach this one
         self._committed_bytes = self._read_bytes = self._released = self._rejected = 0
 
     @refusing
@@ -57,7 +56,6 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
             free_blocks=tiers.table.room,
             verify=self._settings.verify,
             owner_lease_seconds=self._settings.owner_lease,
-            peer_address=self.peer_address,
         )
 
     @refusing

@@ -61,10 +61,6 @@ class Settings(ServiceSettings):
     peer_listen: str = Field(
         default="", description="host:port for sidecars of other pods (default: none)"
     )
-    peer_advertise: str = Field(
-        default="",
-        description="host:port by which they reach it, such as POD_IP:7072 (default: the above)",
-    )
     peer_token_file: Path | None = Field(
         default=None, description="file with the secret that sidecars share"
     )

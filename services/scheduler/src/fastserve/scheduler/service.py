@@ -25,6 +25,7 @@ from fastserve.scheduler.metrics import Metrics, NamesShard
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.store import Store
 from fastserve.scheduler.store_errors import FencedError, StoreError
+from fastserve.scheduler.surroundings import surroundings
 
 log = structlog.get_logger(__name__)
 
@@ -128,10 +129,13 @@ class Service:
             await self._store.close()
 
     async def _lead(self, term: Term, stop: asyncio.Event) -> None:
-        leader = Leader(self.settings, self._store, term, self._clock, self._metrics)
         try:
-            await leader.restore()
-            await leader.run(stop, partial(self._open, leader))
+            async with surroundings(self.settings) as around:
+                leader = Leader(
+                    self.settings, self._store, term, self._clock, self._metrics, around
+                )
+                await leader.restore()
+                await leader.run(stop, partial(self._open, leader))
         except FencedError as error:
             log.warning("another scheduler leads: stepping down", reason=str(error))
         except StoreError as error:

@@ -20,6 +20,7 @@ from fastserve.common import rpc
 from fastserve.proto.v1 import worker_pb2, worker_pb2_grpc
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import Inventory, Plan, ProtocolError, WorkerInfo
+from fastserve.scheduler.discovery import Endpoint
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.store_errors import FencedError
 from fastserve.scheduler.wire import StreamCodec, inventory_of, reset_plan, worker_info
@@ -62,18 +63,18 @@ class Director(Protocol):
 
 
 class WorkerLink:
-    """The stream to the worker at `address`, and what the last report said."""
+    """The stream to a worker, and what the last report said."""
 
     def __init__(
         self,
-        address: str,
+        endpoint: Endpoint,
         shard: str,
         epoch: int,
         director: Director,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        self.address = address
+        self.address, self.pod = endpoint.address, endpoint.pod
         self.described: worker_pb2.DescribeResponse | None = None  # while connected
         self.free_device_blocks = 0
         self.free_host_blocks = 0

@@ -183,6 +183,15 @@ class Scheduler:
         group = self._groups[worker_id]
         return len(group.jobs), group.running
 
+    def moving_cost(self, worker_id: str) -> int:
+        """Tokens of KV cache that would have to be copied or computed again if the group ended, and
+        one for each of its jobs; -1: it is draining, and nothing is lost. Raises KeyError."""
+        group = self._groups[worker_id]
+        if group.draining:
+            return -1
+        held = sum(max(job.computed, job.host_tokens) for job in group.jobs.values())
+        return held + len(group.jobs)
+
     def _group_of(self, job: Job) -> Group | None:
         return None if job.worker_id is None else self._groups.get(job.worker_id)
 

@@ -75,7 +75,6 @@ class KvStaging:
         self._attaching = asyncio.Lock()
         self._verify = True
         self._renewing: asyncio.Task[None] | None = None
-        self.peer_address = ""  # where other sidecars reach ours
         self.host_blocks = 0
         self.free_host_blocks = 0
 
@@ -101,7 +100,6 @@ class KvStaging:
             self._verify = reply.verify
             if self._renewing is not None:
                 self._renewing.cancel()
-            self.peer_address = reply.peer_address
             self._renewing = asyncio.create_task(
                 self._renew(min(reply.owner_lease_seconds / 4, _RENEW_S))
             )
