@@ -118,6 +118,7 @@ class Recorder:
             served_s=np.ones(len(jobs)),
             tenants=[job.tenant for job in jobs],
             preemptions=0,
+            migrations=0,
             offloaded_tokens=0,
             uploaded_tokens=0,
             recomputed_tokens=0,

@@ -89,6 +89,8 @@ def load_settings(
     arguments = list(sys.argv[1:] if argv is None else argv)
     file = _config_file(arguments)
 
+    aliases = settings_cls.flag_aliases
+
     class Sources(settings_cls):  # type: ignore[misc, valid-type]
         @classmethod
         def settings_customise_sources(
@@ -102,7 +104,7 @@ def load_settings(
                 cli_implicit_flags=True,
                 cli_hide_none_type=True,
                 cli_avoid_json=True,
-                cli_shortcuts=settings_cls.flag_aliases,
+                cli_shortcuts=aliases,
             )
             chain: list[PydanticBaseSettingsSource] = [flags, named["env_settings"]]
             if file is not None:
