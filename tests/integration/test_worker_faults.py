@@ -30,7 +30,13 @@ def valkey() -> Iterator[Valkey]:
 async def two_workers(slower: float = 1.0) -> AsyncIterator[tuple[FakeWorker, FakeWorker]]:
     """The second one takes so many times as long."""
     good, bad = (
-        FakeWorker(worker_id=name, device_blocks=2048, max_num_seqs=JOBS, iteration_s=0.005 * times)
+        FakeWorker(
+            worker_id=name,
+            device_blocks=2048,
+            max_num_seqs=JOBS,
+            iteration_s=0.005 * times,
+            prefill_s=0.005 * times,
+        )
         for name, times in (("good", 1.0), ("bad", slower))
     )
     async with good.serving(), bad.serving():

@@ -116,7 +116,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         max_num_batched_tokens: int = 64,
         max_model_len: int = 2048,
         iteration_s: float = 0.001,
+        prefill_s: float | None = None,
     ) -> None:
+        """prefill_s: that it claims for 64 tokens (default: four iterations; the truth is one)."""
         self.described = worker_pb2.DescribeResponse(
             worker_id=worker_id,
             epoch=1,
@@ -134,7 +136,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             pipeline_parallel_size=1,
             vocab_size=VOCAB,
             prefill_cost=worker_pb2.CostSample(
-                rows=1, new_tokens=64, context_tokens=64, seconds=iteration_s * 4
+                rows=1, new_tokens=64, context_tokens=64, seconds=prefill_s or iteration_s * 4
             ),
             decode_cost=worker_pb2.CostSample(
                 rows=1, new_tokens=1, context_tokens=64, seconds=iteration_s

@@ -21,6 +21,7 @@ _SURPRISE: Final = 3.0  # a sample counts at most so many times what was expecte
 _KNOWN: Final = 0.002  # a smaller relative error teaches nothing
 _WINDOW: Final = 63  # decode iterations whose median is taken
 _NEWEST: Final = 0.05  # share of the newest iteration in the mean error
+_PROVEN: Final = 64  # iterations after which the model says something about other batches
 _N: Final = 5
 
 
@@ -112,7 +113,9 @@ class CostModel:
 
     def decode(self, rows: int) -> float:
         """Seconds of an iteration with so many decodes of the usual context: what those of late
-        took, times what the model says that the difference in rows makes."""
+        took, times what the model says that the difference in rows makes, once it is proven."""
+        if self.samples < _PROVEN:
+            return self.decode_s
         usual = self._of_rows(self._rows)
         return self.decode_s * self._of_rows(rows) / usual if usual > 0 else self.decode_s
 
