@@ -17,7 +17,7 @@ from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies.base import Key
 
 # Jobs of a group that are looked at; the others are taken to be like them.
-_SAMPLE: Final = 64
+_SAMPLE: Final = 32
 # Output tokens of a job before any was seen to end, and the least share of the newest in the mean.
 _FIRST_GUESS: Final = 256
 _NEWEST: Final = 0.01
