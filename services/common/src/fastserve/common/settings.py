@@ -88,6 +88,7 @@ def load_settings(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     file = _config_file(arguments)
+    aliases = settings_cls.flag_aliases
 
     aliases = settings_cls.flag_aliases
 

@@ -10,6 +10,7 @@ from typing import Final
 import structlog
 from opentelemetry import trace
 
+from fastserve.common.tls import Tls
 from fastserve.proto.v1 import scheduler_pb2
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
@@ -57,6 +58,7 @@ class Leader:
         clock: Clock,
         metrics: Metrics,
         around: Surroundings,
+        tls: Tls | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -92,7 +94,7 @@ class Leader:
         self.links = Links(
             around.discovery,
             lambda endpoint: WorkerLink(
-                endpoint, settings.shard, term.epoch, self.engine, clock, metrics
+                endpoint, settings.shard, term.epoch, self.engine, clock, metrics, tls
             ),
         )
 
@@ -240,8 +242,10 @@ class Leader:
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
             self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))
+            workers = [link.worker_id for link in self.engine.links]
             self._metrics.set_costs(
-                {link.worker_id: self.core.cost_model(link.worker_id) for link in self.engine.links}
+                {worker: self.core.cost_model(worker) for worker in workers},
+                {worker: self.core.queued_work_s(worker) for worker in workers},
             )
             self._metrics.set_groups(
                 {

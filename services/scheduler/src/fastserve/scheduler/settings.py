@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliExplicitFlag, NoDecode
 
-from fastserve.common.settings import ServiceSettings
+from fastserve.common.rpc import RpcSettings
 
 
-class SchedulerSettings(ServiceSettings):
+class SchedulerSettings(RpcSettings):
     """The scheduler of one shard: decides which jobs run in the next iteration."""
 
     flag_aliases: ClassVar[dict[str, str]] = {"workers": "worker"}
