@@ -88,6 +88,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fs_model_embedding": (None, (c.c_void_p, c.c_int, c.c_void_p)),
     "fs_model_rope": (None, (c.c_void_p, c.c_void_p, c.c_void_p)),
     "fs_model_forward": (c.c_int, (c.c_void_p, c.POINTER(NativeBatch))),
+    "fs_copy": (None, (c.c_void_p, c.c_void_p, c.c_size_t)),
 }
 
 
