@@ -65,6 +65,7 @@ lint: setup ## Check style, types, import rules, contracts and generated code
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python helm/schema.py --check
 
 format: setup ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .

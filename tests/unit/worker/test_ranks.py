@@ -56,7 +56,7 @@ def test_a_group_has_the_logits_of_the_whole_model(
 ) -> None:
     tiny_model(tmp_path, **changes)
     whole = load_model(tmp_path, torch.float32, CPU)
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     threads, leader = [], []
 
     def rank(number: int) -> None:

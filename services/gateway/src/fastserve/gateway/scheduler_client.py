@@ -22,7 +22,14 @@ import structlog
 from grpc import aio
 
 from fastserve.common import rpc
-from fastserve.gateway.jobs import Job, JobRefusedError, SchedulerLostError, unpack
+from fastserve.common.tls import Tls
+from fastserve.gateway.jobs import (
+    GatewayStoppingError,
+    Job,
+    JobRefusedError,
+    SchedulerLostError,
+    unpack,
+)
 from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -30,6 +37,10 @@ log = structlog.get_logger(__name__)
 _WELCOME_TIMEOUT_S: Final = 3.0
 _BACKOFF_S: Final = (0.05, 0.5)  # first and longest pause between two rounds of the addresses
 _FLUSH_TIMEOUT_S: Final = 1.0
+_GO_ON: Final = (
+    "the gateway is shutting down: the same request with X-FastServe-Answer and Last-Event-ID goes "
+    "on at another one"
+)
 _BREAKS: Final = (aio.AioRpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError)
 
 
@@ -44,6 +55,7 @@ class SchedulerClient:
         *,
         answer_timeout_s: float,
         reattach_timeout_s: float,
+        tls: Tls | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`addresses`: of the leader and its standbys, in any order.
@@ -55,6 +67,7 @@ class SchedulerClient:
         self._gateway_id = gateway_id
         self._answer_timeout_s = answer_timeout_s
         self._reattach_timeout_s = reattach_timeout_s
+        self._tls = tls
         self._on_change = on_change
         self._jobs: dict[int, Job] = {}
         self._handles = itertools.count(1)
@@ -213,10 +226,15 @@ class SchedulerClient:
             self._fail_all("the gateway is shutting down")
 
     async def close(self) -> None:
-        """Cancel all followed jobs and see the messages off; requests get `SchedulerLostError`."""
+        """Requests get `GatewayStoppingError`; their jobs are cancelled, but for those that clients
+        can go on with elsewhere, which the scheduler keeps for its grace."""
         for job in list(self._jobs.values()):
-            self.cancel(job)  # which forgets a job that no stream carried yet
-            job.fail(SchedulerLostError("the gateway is shutting down"))
+            if job.resumable and job.sent:
+                job.dropped = True
+                job.fail(GatewayStoppingError(_GO_ON))
+            else:
+                self.cancel(job)  # which forgets a job that no stream carried yet
+                job.fail(GatewayStoppingError("the gateway is shutting down"))
         self._jobs.clear()
         if self._stream is not None:
             with contextlib.suppress(TimeoutError):
@@ -225,7 +243,7 @@ class SchedulerClient:
 
     async def _session(self, address: str) -> None:
         """One stream, from Hello to its end, which is one of `_BREAKS`."""
-        async with rpc.channel(address) as channel:
+        async with rpc.channel(address, self._tls) as channel:
             call = scheduler_pb2_grpc.SchedulerServiceStub(channel).Serve()
             try:
                 async with asyncio.timeout(_WELCOME_TIMEOUT_S):

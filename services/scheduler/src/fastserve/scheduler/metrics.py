@@ -22,6 +22,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._seen: dict[str, int] = {}  # by name of the core's counter
+        self._seen_waits = (0.0, 0.0)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
@@ -54,6 +55,14 @@ class Metrics:
             "Tokens whose KV was offloaded, uploaded or recomputed",
             "operation",
         )
+        self.kv_wait = counter(
+            "fastserve_kv_wait_seconds",
+            "Time that jobs among the first of the order, as many as there are rows, waited for KV "
+            "on its way, all jobs together",
+        )
+        self.row_time = counter(
+            "fastserve_row_seconds", "Time that jobs had a row in the plan, all jobs together"
+        )
         self.iteration = histogram(
             "fastserve_iteration_seconds",
             "Iterations as workers measured them, by the kind of their rows",
@@ -82,6 +91,11 @@ class Metrics:
             "Predicted for a prompt of 512 tokens alone",
             "worker",
         )
+        self.queued_work = gauge(
+            "fastserve_queued_work_seconds",
+            "Predicted seconds until a worker is through with the jobs that wait for it now",
+            "worker",
+        )
         self.redis_errors = counter(
             "fastserve_redis_errors", "Round trips to Redis that failed or were slow", "kind"
         )
@@ -91,6 +105,14 @@ class Metrics:
         self.durable = gauge("fastserve_durable", "1 if what gateways have seen is in Redis")
         self.leader = gauge("fastserve_leader", "1 if this process leads the shard")
         self.workers = gauge("fastserve_workers_connected", "Workers with an open stream")
+        self.worker_faults = counter(
+            "fastserve_worker_faults", "Streams to workers that broke, by what went wrong", "kind"
+        )
+        self.draining = gauge("fastserve_workers_draining", "Connected workers that are to leave")
+        self.group_jobs = gauge("fastserve_group_jobs", "Jobs placed at a worker group", "worker")
+        self.migrations = counter(
+            "fastserve_migrations", "Jobs that went to another worker group", "cause"
+        )
         self.gateways = gauge("fastserve_gateways_connected", "Gateways with an open stream")
         self.running = gauge(
             "vllm:num_requests_running", "Jobs in the batch", "model_name", "engine"
@@ -107,21 +129,51 @@ class Metrics:
                 self.preemptions.labels(*rest.split(".")).inc(more)
             elif kind == "promotions":
                 self.promotions.inc(more)
+            elif kind == "migrations":
+                self.migrations.labels(rest).inc(more)
             elif kind == "tokens":
                 self.moved_tokens.labels(rest).inc(more)
 
-    def set_costs(self, models: Mapping[str, CostModel]) -> None:
+    def follow_waits(self, waits: tuple[float, float]) -> None:
+        """Take over `Scheduler.kv_wait`."""
+        for counter, now, seen in zip(
+            (self.kv_wait, self.row_time), waits, self._seen_waits, strict=True
+        ):
+            counter.inc(now - seen)
+        self._seen_waits = waits
+
+    def set_costs(
+        self, models: Mapping[str, CostModel], queued_work_s: Mapping[str, float]
+    ) -> None:
         """What is known of the connected workers, by their ids; others are forgotten."""
-        for gauge in (self.cost_error, self.decode_time, self.prefill_rate):
+        for gauge in (self.cost_error, self.decode_time, self.prefill_rate, self.queued_work):
             gauge.clear()
+        for worker, seconds in queued_work_s.items():
+            self.queued_work.labels(worker).set(seconds)
         for worker, cost in models.items():
             self.cost_error.labels(worker).set(cost.error)
             self.decode_time.labels(worker).set(cost.decode_s)
             self.prefill_rate.labels(worker).set(cost.prefill_tokens_per_s)
 
+    def set_groups(self, jobs: Mapping[str, int], draining: int) -> None:
+        """Jobs by connected worker, and how many of these are draining."""
+        self.group_jobs.clear()
+        for worker, count in jobs.items():
+            self.group_jobs.labels(worker).set(count)
+        self.draining.set(draining)
+
     def restart(self) -> None:
         """A new leader counts from 0 again."""
         self._seen.clear()
+        self._seen_waits = (0.0, 0.0)
+
+    def step_down(self) -> None:
+        """This process leads no more: what it last knew would be counted beside the leader's."""
+        self.set_costs({}, {})
+        for gauge in (self.queue_depth, self.running, self.waiting):
+            gauge.clear()
+        for gauge in (self.leader, self.workers, self.gateways, self.redis_backlog):
+            gauge.set(0)
 
     def set_depths(self, model: str, depths: Sequence[int], running: int) -> None:
         """Waiting jobs per level and running ones; `model` "" while no worker is known."""

@@ -17,6 +17,7 @@ from fastserve.common.errors import StartupError
 from fastserve.common.lifecycle import announce_ready, run_service
 from fastserve.common.rpc import GrpcServer
 from fastserve.common.telemetry import serve_metrics
+from fastserve.common.tls import load_tls
 from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.calibrate import measure
@@ -47,6 +48,7 @@ from fastserve.worker.settings import Settings
 from fastserve.worker.staging import KvStaging, SidecarLost
 
 log = structlog.get_logger(__name__)
+_LAST_REPORTS_S = 0.5
 _TOKENS_PER_SEQUENCE = 1024  # what --kv-blocks defaults to provide for, on a CPU
 
 
@@ -116,6 +118,7 @@ async def _attach_staging(
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, then serve until `stop` is set."""
+    tls = load_tls(settings)
     rank = None
     if wanted(settings) > 1:
         if "RANK" not in os.environ:
@@ -206,12 +209,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     pb_grpc.add_WorkerServiceServicer_to_server(worker, server.server)
     thread.start(engine, worker.report)
     try:
-        address = await server.start(settings.listen)
-        metrics_port = serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
+        info: dict[str, str | int] = {"address": await server.start(settings.listen, tls)}
+        if settings.health_listen:
+            info["health_address"] = await server.start_health(settings.health_listen)
+        info["metrics_port"] = serve_metrics(
+            metrics.registry, settings.metrics_host, settings.metrics_port
+        )
         await server.set_serving(True)
-        announce_ready(settings, address=address, metrics_port=metrics_port)
+        announce_ready(settings, **info)
         await _until(stop, thread.failure)
-        await server.stop(settings.shutdown_timeout)
+        await server.set_serving(False)
+        if not await worker.leave(settings.shutdown_timeout):
+            log.warning("leaving before all jobs were taken away", advice="--shutdown-timeout")
+        await server.stop(_LAST_REPORTS_S)
     finally:
         await thread.stop()
         if staging is not None:

@@ -97,6 +97,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "fs_ranks_send": (None, (c.c_void_p, c.c_int, c.c_void_p, c.c_int64)),
     "fs_ranks_receive": (None, (c.c_void_p, c.c_int, c.c_void_p, c.c_int64)),
+    "fs_copy": (None, (c.c_void_p, c.c_void_p, c.c_size_t)),
 }
 
 
