@@ -126,6 +126,7 @@ class Deployment:
                 "restarts": service.restarts,
                 "seconds": service.seconds,
                 "metrics": _metrics_url(service),
+                "address": service.ready.get("address"),
                 "log": str(service.log),
             }
             for name, service in self.supervisor.services.items()

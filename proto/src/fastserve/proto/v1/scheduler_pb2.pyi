@@ -207,7 +207,7 @@ class SnapshotResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[str] = ..., durable: _Optional[bool] = ..., uptime_s: _Optional[float] = ..., level_depths: _Optional[_Iterable[int]] = ..., level_quanta_s: _Optional[_Iterable[float]] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobState, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., shard: _Optional[str] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s")
+    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s", "iteration_s", "sampled_tokens", "processed_tokens", "model")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +220,10 @@ class WorkerState(_message.Message):
     COST_MODEL_ERROR_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ITERATION_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     address: str
     worker_id: str
     connected: bool
@@ -232,10 +236,14 @@ class WorkerState(_message.Message):
     cost_model_error: float
     decode_s: float
     prefill_tokens_per_s: float
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ..., cost_model_error: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    iteration_s: float
+    sampled_tokens: int
+    processed_tokens: int
+    model: str
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ..., cost_model_error: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., iteration_s: _Optional[float] = ..., sampled_tokens: _Optional[int] = ..., processed_tokens: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class JobState(_message.Message):
-    __slots__ = ("job_id", "tenant", "state", "kv", "level", "prompt_tokens", "output_tokens", "preemptions", "age_s")
+    __slots__ = ("job_id", "tenant", "state", "kv", "level", "prompt_tokens", "output_tokens", "preemptions", "age_s", "worker_id")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +253,7 @@ class JobState(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     tenant: str
     state: str
@@ -254,4 +263,5 @@ class JobState(_message.Message):
     output_tokens: int
     preemptions: int
     age_s: float
-    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., state: _Optional[str] = ..., kv: _Optional[str] = ..., level: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+    worker_id: str
+    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., state: _Optional[str] = ..., kv: _Optional[str] = ..., level: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., age_s: _Optional[float] = ..., worker_id: _Optional[str] = ...) -> None: ...

@@ -61,6 +61,9 @@ class WorkerLink:
         self.free_device_blocks = 0
         self.free_host_blocks = 0
         self.iterations = 0
+        self.iteration_s = 0.0
+        self.sampled_tokens = 0
+        self.processed_tokens = 0
         self.stream: StreamCodec | None = None
         self._shard = shard
         self._epoch = epoch
@@ -186,6 +189,9 @@ class WorkerLink:
         self.free_host_blocks = report.free_host_blocks
         if report.iteration:
             self.iterations += 1
+            self.iteration_s = report.seconds
+            self.sampled_tokens += len(report.sampled_tokens)
+            self.processed_tokens += sum(report.row_new_tokens)
         now = self._clock.now()
         while self._in_flight and self._in_flight[0][0] <= report.plan_id:
             _, sent = self._in_flight.popleft()
