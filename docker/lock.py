@@ -40,7 +40,7 @@ class LockError(Exception):
 
 def pins(requirements: Path = ROOT / "requirements.txt") -> dict[str, str]:
     """Version by canonical name."""
-    found = {}
+    found: dict[str, str] = {}
     for line in requirements.read_text().splitlines():
         name, equals, version = line.partition("#")[0].strip().partition("==")
         if equals:

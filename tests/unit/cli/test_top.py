@@ -166,12 +166,17 @@ def test_nothing_runs(tmp_path: Path) -> None:
         local_sources(StateFolder(tmp_path))
 
 
-class _Standby(scheduler_pb2_grpc.SchedulerServiceServicer):
+class _Servicer(scheduler_pb2_grpc.SchedulerServiceServicer):
+    def Serve(self, request_iterator: Any, context: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Standby(_Servicer):
     def Snapshot(self, request: Any, context: Any) -> Any:
         context.abort(grpc.StatusCode.UNAVAILABLE, "standby: another scheduler leads")
 
 
-class _Leader(scheduler_pb2_grpc.SchedulerServiceServicer):
+class _Leader(_Servicer):
     def Snapshot(self, request: pb.SnapshotRequest, context: Any) -> pb.SnapshotResponse:
         assert request.include_jobs
         return snapshot(job("a", "running"))

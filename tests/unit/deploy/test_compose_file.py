@@ -59,7 +59,8 @@ def image_env(service: str) -> dict[str, str]:
 
 def environment(service: str) -> dict[str, str]:
     """What the container's process finds."""
-    return image_env(service) | compose()["services"][service]["environment"]
+    given: dict[str, str] = compose()["services"][service]["environment"]
+    return image_env(service) | given
 
 
 def settings(

@@ -133,9 +133,9 @@ class View:
             table.add_row(
                 *[worker.worker_id, worker.model, str(running[worker.worker_id])],
                 _seconds(worker.iteration_s) if worker.iterations else "",
-                self._rate(past and past.iterations, worker.iterations),
-                self._rate(past and past.processed_tokens, worker.processed_tokens),
-                self._rate(past and past.sampled_tokens, worker.sampled_tokens),
+                self._rate(past.iterations if past else None, worker.iterations),
+                self._rate(past.processed_tokens if past else None, worker.processed_tokens),
+                self._rate(past.sampled_tokens if past else None, worker.sampled_tokens),
                 f"{worker.cost_model_error:.0%}",
             )
         return table
@@ -155,9 +155,10 @@ class View:
         for name, tier in self._now_tiers().items():
             past = before.get(name)
             table.add_row(
-                *[name, *_filled(tier.used, tier.slots)],
-                self._rate(past and past.bytes_out, tier.bytes_out, "MB/s", 1e6),
-                self._rate(past and past.bytes_in, tier.bytes_in, "MB/s", 1e6),
+                name,
+                *_filled(tier.used, tier.slots),
+                self._rate(past.bytes_out if past else None, tier.bytes_out, "MB/s", 1e6),
+                self._rate(past.bytes_in if past else None, tier.bytes_in, "MB/s", 1e6),
             )
         return table
 
@@ -169,8 +170,10 @@ class View:
         for job in jobs[: self._most_jobs]:
             style = {"running": "green", "preempted": "yellow"}.get(job.state, "")
             table.add_row(
-                *[_short(job.job_id), job.tenant, Text(job.state, style), job.kv, str(job.level)],
-                *[str(job.prompt_tokens), str(job.output_tokens), str(job.preemptions or "")],
+                *[_short(job.job_id), job.tenant],
+                Text(job.state, style),
+                *[job.kv, str(job.level), str(job.prompt_tokens)],
+                *[str(job.output_tokens), str(job.preemptions or "")],
                 f"{job.age_s:.1f} s",
             )
         if len(jobs) > self._most_jobs:
