@@ -72,6 +72,7 @@ lint: setup ## Check style, types, import rules, contracts and generated code
 	$(BIN)/buf lint
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docker/lock.py --check
+	$(BIN)/python helm/schema.py --check
 
 format: setup ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .

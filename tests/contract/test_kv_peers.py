@@ -57,7 +57,10 @@ async def peer(
     target: Running, credentials: grpc.ChannelCredentials | None = None
 ) -> AsyncIterator[pb_grpc.KvPeerServiceAsyncStub]:
     address = target.info["peer_address"]
-    async with channel(address, credentials, "sidecar.test") as connection:
+    name = (("grpc.ssl_target_name_override", "sidecar.test"),)
+    async with (
+        grpc.aio.secure_channel(address, credentials, name) if credentials else channel(address)
+    ) as connection:
         yield pb_grpc.KvPeerServiceStub(connection)
 
 

@@ -90,7 +90,7 @@ async def start_scheduler(
         "shutdown_timeout": 2.0,
         **settings,
     }
-    service = Service(SchedulerSettings(worker=addresses, **values))
+    service = Service(SchedulerSettings(workers=addresses, **values))
     await service.start()
     return RunningScheduler(service)
 

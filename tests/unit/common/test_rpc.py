@@ -2,18 +2,36 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fastserve.common.errors import StartupError
-from fastserve.common.rpc import GrpcServer, channel
+from fastserve.common.rpc import LIVE, GrpcServer, channel
+from fastserve.common.tls import Tls
+from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+FILES = Path(__file__).parents[2] / "support" / "tls"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def status(address: str) -> int:
-    async with channel(address) as connection:
+def tls(cert: str, server_name: str = "sidecar.test") -> Tls:
+    return Tls(
+        cert=(FILES / f"{cert}.crt").read_bytes(),
+        key=(FILES / f"{cert}.key").read_bytes(),
+        ca=(FILES / "ca.crt").read_bytes(),
+        server_name=server_name,
+    )
+
+
+async def status(address: str, tls: Tls | None = None, service: str = "") -> int:
+    async with channel(address, tls) as connection:
         stub = health_pb2_grpc.HealthStub(connection)
-        reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
+        request = health_pb2.HealthCheckRequest(service=service)
+        reply = await stub.Check(request, timeout=10)
         return int(reply.status)
 
 
@@ -51,5 +69,63 @@ async def test_socket_file_of_a_killed_process_is_replaced(tmp_path: Path) -> No
     try:
         await server.set_serving(True)
         assert await status(address) == health_pb2.HealthCheckResponse.SERVING
+    finally:
+        await server.stop(0)
+
+
+async def test_calls_between_services_need_a_certificate_of_the_authority() -> None:
+    server = GrpcServer()
+    address = await server.start("127.0.0.1:0", tls("peer"))
+    try:
+        await server.set_serving(True)
+        assert await status(address, tls("peer")) == SERVING
+        for caller in (None, tls("stranger"), tls("peer", server_name="another.test")):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await status(address, caller)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    finally:
+        await server.stop(0)
+
+
+async def test_unix_sockets_are_plain_with_a_certificate_too(tmp_path: Path) -> None:
+    server = GrpcServer()
+    address = await server.start(f"unix:{tmp_path}/s.sock", tls("peer"))
+    try:
+        await server.set_serving(True)
+        assert await status(address, tls("peer")) == await status(address) == SERVING
+    finally:
+        await server.stop(0)
+
+
+class Silent(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Only notes that it was asked."""
+
+    asked = False
+
+    async def Serve(self, *_: Any) -> None:  # type: ignore[override]
+        self.asked = True
+
+    async def Snapshot(self, *_: Any) -> scheduler_pb2.SnapshotResponse:
+        self.asked = True
+        return scheduler_pb2.SnapshotResponse()
+
+
+async def test_probes_see_the_health_and_nothing_else_without_a_certificate() -> None:
+    server, silent = GrpcServer(), Silent()
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(silent, server.server)
+    await server.start("127.0.0.1:0", tls("peer"))
+    address = await server.start_health("127.0.0.1:0")
+    try:
+        await server.set_serving(False)
+        assert await status(address) == NOT_SERVING
+        assert await status(address, service=LIVE) == SERVING
+        await server.set_serving(True)
+        assert await status(address) == SERVING
+        async with channel(address) as connection:
+            stub = scheduler_pb2_grpc.SchedulerServiceStub(connection)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Snapshot(scheduler_pb2.SnapshotRequest(), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert not silent.asked
     finally:
         await server.stop(0)

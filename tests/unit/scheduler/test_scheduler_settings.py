@@ -24,7 +24,7 @@ def test_flags_reach_the_core() -> None:
         *("--max-num-batched-tokens", "99", "--max-num-queued-reqs", "7", "--lease", "2"),
         *("--starvation-threshold", "1.5"),
     )
-    assert settings.worker == ["unix:/run/w0.sock", "127.0.0.1:7071"]
+    assert settings.workers == ["unix:/run/w0.sock", "127.0.0.1:7071"]
     config = core_config(settings)
     assert (config.policy, config.lease, config.starvation_s) == ("fcfs", 2, 1.5)
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (3, 99)
@@ -89,9 +89,40 @@ def test_wrong_settings_are_one_sentence(flags: list[str], message: str) -> None
         load(*flags)
 
 
-def test_worker_and_redis_must_be_given() -> None:
-    with pytest.raises(StartupError, match=r"worker.*redis_url"):
-        load_settings(SchedulerSettings, "fastserve-scheduler", [])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--worker", "w:1"], "redis_url"),
+        (["--redis-url", "redis://r"], "no worker group is given"),
+        (["--redis-url", "redis://r", "--discovery", "dns"], "no worker group is given"),
+        (["--redis-url", "redis://r", "--discovery", "dns", "--worker", "w"], "a name and a port"),
+        (["--redis-url", "redis://r", "--discovery", "kubernetes"], "needs --kubernetes-service"),
+        (
+            [
+                *("--redis-url", "redis://r", "--discovery", "kubernetes"),
+                *("--kubernetes-service", "w", "--worker", "w:1"),
+            ],
+            "does not go with",
+        ),
+        (["--redis-url", "redis://r", "--discovery", "gossip"], "discovery"),
+    ],
+)
+def test_what_must_be_given(flags: list[str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        load_settings(SchedulerSettings, "fastserve-scheduler", flags)
+
+
+def test_workers_by_environment_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSERVE_WORKERS", "w-0:7071, w-1:7071")
+    monkeypatch.setenv("FASTSERVE_REDIS_URL", "redis://r")
+    settings = load_settings(SchedulerSettings, "fastserve-scheduler", [])
+    assert (settings.discovery, settings.workers) == ("static", ["w-0:7071", "w-1:7071"])
+    monkeypatch.delenv("FASTSERVE_WORKERS")
+    monkeypatch.setenv("FASTSERVE_DISCOVERY", "kubernetes")
+    monkeypatch.setenv("FASTSERVE_KUBERNETES_SERVICE", "workers")
+    monkeypatch.setenv("FASTSERVE_KUBERNETES_NAMESPACE", "llm")
+    settings = load_settings(SchedulerSettings, "fastserve-scheduler", [])
+    assert (settings.kubernetes_service, settings.kubernetes_namespace) == ("workers", "llm")
 
 
 def test_the_password_of_redis_is_not_logged() -> None:

@@ -118,7 +118,7 @@ async def _recoveries(url: str, count: int, repeat: int) -> None:
         await _fill(store, term, count)
         await store.release(term.epoch)
     settings = SchedulerSettings(
-        worker=["unix:/nowhere"], redis_url=url, shard="recovery", max_num_queued_reqs=2 * count
+        workers=["unix:/nowhere"], redis_url=url, shard="recovery", max_num_queued_reqs=2 * count
     )
     for _ in range(repeat):
         async with _store(url, "recovery") as store:

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -40,6 +40,8 @@ class ServiceSettings(BaseSettings):
         extra="ignore",  # the environment and the file are shared by all services
         frozen=True,
     )
+
+    flag_aliases: ClassVar[dict[str, str]] = {}  # field -> another name of its flag
 
     config: Path | None = Field(default=None, description="YAML file with settings")
     log_level: str = Field(default="info", description="debug, info, warning or error")
@@ -86,6 +88,7 @@ def load_settings(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     file = _config_file(arguments)
+    aliases = settings_cls.flag_aliases
 
     class Sources(settings_cls):  # type: ignore[misc, valid-type]
         @classmethod
@@ -100,6 +103,7 @@ def load_settings(
                 cli_implicit_flags=True,
                 cli_hide_none_type=True,
                 cli_avoid_json=True,
+                cli_shortcuts=aliases,
             )
             chain: list[PydanticBaseSettingsSource] = [flags, named["env_settings"]]
             if file is not None:

@@ -22,6 +22,7 @@ import structlog
 from grpc import aio
 
 from fastserve.common import rpc
+from fastserve.common.tls import Tls
 from fastserve.gateway.jobs import Job, JobRefusedError, SchedulerLostError, unpack
 from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 
@@ -44,6 +45,7 @@ class SchedulerClient:
         *,
         answer_timeout_s: float,
         reattach_timeout_s: float,
+        tls: Tls | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`addresses`: of the leader and its standbys, in any order.
@@ -55,6 +57,7 @@ class SchedulerClient:
         self._gateway_id = gateway_id
         self._answer_timeout_s = answer_timeout_s
         self._reattach_timeout_s = reattach_timeout_s
+        self._tls = tls
         self._on_change = on_change
         self._jobs: dict[int, Job] = {}
         self._handles = itertools.count(1)
@@ -225,7 +228,7 @@ class SchedulerClient:
 
     async def _session(self, address: str) -> None:
         """One stream, from Hello to its end, which is one of `_BREAKS`."""
-        async with rpc.channel(address) as channel:
+        async with rpc.channel(address, self._tls) as channel:
             call = scheduler_pb2_grpc.SchedulerServiceStub(channel).Serve()
             try:
                 async with asyncio.timeout(_WELCOME_TIMEOUT_S):

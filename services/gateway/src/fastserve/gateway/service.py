@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from fastserve.common.errors import StartupError
 from fastserve.common.lifecycle import announce_ready
+from fastserve.common.tls import load_tls
 from fastserve.gateway.app import create_app
 from fastserve.gateway.auth import ApiKeys
 from fastserve.gateway.metrics import Metrics
@@ -57,6 +58,7 @@ class Service:
         """`tokenizer`: that of the model folder, if it is loaded. Raises `StartupError`."""
         self.settings = settings
         self.port = 0
+        tls = load_tls(settings)
         self.shards = Shards(
             [
                 SchedulerClient(
@@ -65,6 +67,7 @@ class Service:
                     f"{socket.gethostname()}-{os.getpid()}",
                     answer_timeout_s=settings.scheduler_timeout,
                     reattach_timeout_s=settings.reattach_timeout,
+                    tls=tls,
                 )
                 for shard, addresses in settings.addresses().items()
             ]

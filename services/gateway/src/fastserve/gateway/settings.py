@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import Field, SecretStr, field_validator
 
 from fastserve.common.errors import StartupError
-from fastserve.common.settings import ServiceSettings
+from fastserve.common.tls import TlsSettings
 from fastserve.gateway.answer_ids import SHARD
 from fastserve.gateway.auth import ApiKey, parse_key
 
@@ -17,7 +17,7 @@ _SCHEDULER: Final = re.compile(rf"(?:({SHARD})=)?(.+)")
 _DEFAULT_SHARD: Final = "0"  # that of a scheduler without --shard
 
 
-class GatewaySettings(ServiceSettings):
+class GatewaySettings(TlsSettings):
     """The OpenAI-compatible HTTP gateway."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on")

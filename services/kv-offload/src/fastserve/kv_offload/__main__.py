@@ -39,10 +39,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         pb_grpc.add_KvOffloadServiceServicer_to_server(service, server.server)
         info: dict[str, str | int] = {"address": await server.start(settings.listen)}
         stack.push_async_callback(server.stop, settings.shutdown_timeout)
+        if settings.health_listen:
+            info["health_address"] = await server.start_health(settings.health_listen)
         if settings.peer_listen:
             peers = _peer_server(owners, auth, metrics)
-            credentials = auth.tls.server() if auth.tls is not None else None
-            info["peer_address"] = await peers.start(settings.peer_listen, credentials)
+            info["peer_address"] = await peers.start(settings.peer_listen, auth.tls)
             stack.push_async_callback(peers.stop, settings.shutdown_timeout)
         info["metrics_port"] = serve_metrics(
             metrics.registry, settings.metrics_host, settings.metrics_port

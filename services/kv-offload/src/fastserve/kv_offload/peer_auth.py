@@ -7,12 +7,12 @@ import contextlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
 from fastserve.common.errors import StartupError
+from fastserve.common.tls import Tls, load_tls, read_secret
 from fastserve.kv_offload.metrics import Metrics
 from fastserve.kv_offload.settings import Settings
 from fastserve.kv_offload.status import Context
@@ -23,23 +23,6 @@ R = TypeVar("R")
 _HEAR_S = 5.0
 _KEY = "authorization"
 ACCEPTED = ("fastserve-import", "accepted")  # initial metadata of an Import that has its slots
-
-
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """PEM texts: our certificate and key, and the authority that all peers' are signed by."""
-
-    cert: bytes
-    key: bytes
-    ca: bytes
-    server_name: str
-
-    def server(self) -> grpc.ServerCredentials:
-        """Accept only callers with a certificate of the authority."""
-        return grpc.ssl_server_credentials([(self.key, self.cert)], self.ca, True)
-
-    def client(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +44,12 @@ class PeerAuth:
 
 def load_auth(settings: Settings) -> PeerAuth:
     """Read the files named in the settings. Raises `StartupError`."""
-    token, tls = "", None
+    token = ""
     if settings.peer_token_file is not None:
-        token = _read(settings.peer_token_file).decode(errors="replace").strip()
+        token = read_secret(settings.peer_token_file).decode(errors="replace").strip()
         if not token:
             raise StartupError(f"{settings.peer_token_file} is empty")
-    if settings.tls_cert and settings.tls_key and settings.tls_ca:
-        files = (settings.tls_cert, settings.tls_key, settings.tls_ca)
-        cert, key, ca = map(_read, files)
-        tls = Tls(cert, key, ca, settings.tls_server_name)
-    return PeerAuth(token, tls)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StartupError(f"cannot read {path}: {error.strerror}") from error
+    return PeerAuth(token, load_tls(settings))
 
 
 class TokenCheck(grpc.aio.ServerInterceptor):

@@ -57,10 +57,7 @@ class PeerClient:
         if not held:
             raise BlockMissing(f"job {job_id} has no blocks here")
         started = time.perf_counter()
-        tls = self._auth.tls
-        credentials = tls.client() if tls is not None else None
-        name = tls.server_name if tls is not None else ""
-        async with channel(peer, credentials, name) as connection:
+        async with channel(peer, self._auth.tls) as connection:
             stub = pb_grpc.KvPeerServiceStub(connection)
             try:
                 await asyncio.wait_for(connection.channel_ready(), _CONNECT_S)

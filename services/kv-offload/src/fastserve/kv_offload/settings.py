@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from fastserve.common.settings import ServiceSettings
+from fastserve.common.rpc import RpcSettings
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-class Settings(ServiceSettings):
+class Settings(RpcSettings):
     """FastServe kv-offload: host memory and disk for the KV cache blocks of preempted jobs."""
 
     listen: str = Field(
@@ -64,14 +64,6 @@ class Settings(ServiceSettings):
     peer_token_file: Path | None = Field(
         default=None, description="file with the secret that sidecars share"
     )
-    tls_cert: Path | None = Field(default=None, description="certificate for peers (PEM)")
-    tls_key: Path | None = Field(default=None, description="its private key (PEM)")
-    tls_ca: Path | None = Field(
-        default=None, description="authority that signed the certificates of all peers (PEM)"
-    )
-    tls_server_name: str = Field(
-        default="", description="name in the peers' certificates (default: the host called)"
-    )
 
     @field_validator("host_memory", "disk_size")
     @classmethod
@@ -88,9 +80,6 @@ class Settings(ServiceSettings):
             raise ValueError("--disk-path and --disk-size go together")
         if self.disk_path is not None and not self.disk_path.is_dir():
             raise ValueError(f"disk folder {self.disk_path} does not exist")
-        tls = (self.tls_cert, self.tls_key, self.tls_ca)
-        if any(tls) and not all(tls):
-            raise ValueError("--tls-cert, --tls-key and --tls-ca go together")
-        if self.peer_listen and not (self.peer_token_file or all(tls)):
+        if self.peer_listen and not (self.peer_token_file or self.tls_cert):
             raise ValueError("--peer-listen needs --peer-token-file or --tls-cert, -key and -ca")
         return self

@@ -9,6 +9,7 @@ from typing import Final
 import structlog
 from opentelemetry import trace
 
+from fastserve.common.tls import Tls
 from fastserve.proto.v1 import scheduler_pb2
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
@@ -50,6 +51,7 @@ class Leader:
         term: Term,
         clock: Clock,
         metrics: Metrics,
+        tls: Tls | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -81,8 +83,8 @@ class Leader:
         )
         self.hub = GatewayHub(self.engine, self.jobs, clock, settings.shard, term.epoch)
         self.links = [
-            WorkerLink(address, settings.shard, term.epoch, self.engine, clock, metrics)
-            for address in settings.worker
+            WorkerLink(address, settings.shard, term.epoch, self.engine, clock, metrics, tls)
+            for address in settings.workers
         ]
 
     async def restore(self) -> None:
@@ -205,8 +207,10 @@ class Leader:
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
             self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))
+            workers = [link.worker_id for link in self.engine.links]
             self._metrics.set_costs(
-                {link.worker_id: self.core.cost_model(link.worker_id) for link in self.engine.links}
+                {worker: self.core.cost_model(worker) for worker in workers},
+                {worker: self.core.queued_work_s(worker) for worker in workers},
             )
             self._metrics.gateways.set(self.hub.sessions)
             self.hub.announce(always=True, live_jobs=len(jobs))

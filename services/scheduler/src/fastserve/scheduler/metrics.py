@@ -82,6 +82,11 @@ class Metrics:
             "Predicted for a prompt of 512 tokens alone",
             "worker",
         )
+        self.queued_work = gauge(
+            "fastserve_queued_work_seconds",
+            "Predicted seconds until a worker is through with the jobs that wait for it now",
+            "worker",
+        )
         self.redis_errors = counter(
             "fastserve_redis_errors", "Round trips to Redis that failed or were slow", "kind"
         )
@@ -110,10 +115,14 @@ class Metrics:
             elif kind == "tokens":
                 self.moved_tokens.labels(rest).inc(more)
 
-    def set_costs(self, models: Mapping[str, CostModel]) -> None:
+    def set_costs(
+        self, models: Mapping[str, CostModel], queued_work_s: Mapping[str, float]
+    ) -> None:
         """What is known of the connected workers, by their ids; others are forgotten."""
-        for gauge in (self.cost_error, self.decode_time, self.prefill_rate):
+        for gauge in (self.cost_error, self.decode_time, self.prefill_rate, self.queued_work):
             gauge.clear()
+        for worker, seconds in queued_work_s.items():
+            self.queued_work.labels(worker).set(seconds)
         for worker, cost in models.items():
             self.cost_error.labels(worker).set(cost.error)
             self.decode_time.labels(worker).set(cost.decode_s)
@@ -122,6 +131,14 @@ class Metrics:
     def restart(self) -> None:
         """A new leader counts from 0 again."""
         self._seen.clear()
+
+    def step_down(self) -> None:
+        """This process leads no more: what it last knew would be counted beside the leader's."""
+        self.set_costs({}, {})
+        for gauge in (self.queue_depth, self.running, self.waiting):
+            gauge.clear()
+        for gauge in (self.leader, self.workers, self.gateways, self.redis_backlog):
+            gauge.set(0)
 
     def set_depths(self, model: str, depths: Sequence[int], running: int) -> None:
         """Waiting jobs per level and running ones; `model` "" while no worker is known."""

@@ -14,6 +14,7 @@ from fastserve.common.errors import StartupError
 from fastserve.common.lifecycle import announce_ready
 from fastserve.common.rpc import GrpcServer
 from fastserve.common.telemetry import serve_metrics
+from fastserve.common.tls import load_tls
 from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
@@ -28,6 +29,9 @@ from fastserve.scheduler.store_errors import FencedError, StoreError
 log = structlog.get_logger(__name__)
 
 _SERVER_GRACE_S = 1.0  # streams are ended before the server is stopped
+# In the health service: SERVING once Redis answered, whether this process leads or stands by. The
+# overall status says whether it leads, so it cannot tell Kubernetes that a standby is well.
+ROLE_KNOWN = "role"
 
 
 class Servicer(scheduler_pb2_grpc.SchedulerServiceServicer):
@@ -62,12 +66,13 @@ class Service:
         """Raises `StartupError` for settings that cannot work."""
         self.settings = settings
         self.registry = CollectorRegistry()
-        self.address = ""
+        self.address = self.health_address = ""
         self.answered = asyncio.Event()  # Redis did: the role of this process is known
         self._clock = clock or Clock()
         self._metrics = Metrics(self.registry)
         self._owner = lease.owner_name()
         self._servicer = Servicer()
+        self._tls = load_tls(settings)
         self._server = GrpcServer()
         scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(
             self._servicer, self._server.server
@@ -90,8 +95,16 @@ class Service:
 
     async def start(self) -> None:
         """Listen. Raises `StartupError` if the address is taken."""
-        self.address = await self._server.start(self.settings.listen)
+        self.address = await self._server.start(self.settings.listen, self._tls)
         await self._server.set_serving(False)
+        await self._server.set_serving(False, (ROLE_KNOWN,))
+        if self.settings.health_listen:
+            self.health_address = await self._server.start_health(self.settings.health_listen)
+
+    async def role_known(self) -> None:
+        """Wait until this process leads or stands by, and show it in the health service."""
+        await self.answered.wait()
+        await self._server.set_serving(True, (ROLE_KNOWN,))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Lead whenever nobody else does, until `stop`."""
@@ -112,7 +125,7 @@ class Service:
             await self._store.close()
 
     async def _lead(self, term: Term, stop: asyncio.Event) -> None:
-        leader = Leader(self.settings, self._store, term, self._clock, self._metrics)
+        leader = Leader(self.settings, self._store, term, self._clock, self._metrics, self._tls)
         try:
             await leader.restore()
             self._servicer.leader = leader
@@ -125,7 +138,7 @@ class Service:
             log.warning("redis failed before all jobs were read: trying again", reason=str(error))
         finally:
             self._servicer.leader = None
-            self._metrics.leader.set(0)
+            self._metrics.step_down()
             await self._server.set_serving(False)
         try:
             await self._store.release(term.epoch)
@@ -146,8 +159,13 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
         raise StartupError(f"metrics port {settings.metrics_port}: {error}") from error
 
     async def announce() -> None:
-        await service.answered.wait()
-        announce_ready(settings, address=service.address, metrics_port=metrics_port)
+        await service.role_known()
+        announce_ready(
+            settings,
+            address=service.address,
+            health_address=service.health_address,
+            metrics_port=metrics_port,
+        )
 
     async with asyncio.TaskGroup() as group:
         announcing = group.create_task(announce())

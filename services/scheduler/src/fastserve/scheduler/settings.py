@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
-from pydantic_settings import CliExplicitFlag
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import CliExplicitFlag, NoDecode
 
-from fastserve.common.settings import ServiceSettings
+from fastserve.common.rpc import RpcSettings
 
 
-class SchedulerSettings(ServiceSettings):
+class SchedulerSettings(RpcSettings):
     """The scheduler of one shard: decides which jobs run in the next iteration."""
+
+    flag_aliases: ClassVar[dict[str, str]] = {"workers": "worker"}
 
     listen: str = Field(
         default="127.0.0.1:7070", description="gRPC address: host:port (0: any) or unix:/path"
     )
-    worker: list[str] = Field(
-        min_length=1, description="gRPC address of a worker group; repeat for more"
+    discovery: Literal["static", "dns", "kubernetes"] = Field(
+        default="static",
+        description="how worker groups are found: static (the addresses of --worker), dns (all "
+        "addresses of the names of --worker), or kubernetes (the pods of a Service)",
+    )
+    workers: Annotated[list[str], NoDecode] = Field(
+        default=[],
+        description="gRPC address of a worker group, or with dns a name and a port; repeat for "
+        "more, or separate them by commas",
+    )
+    discovery_interval: float = Field(
+        default=2.0, gt=0, description="seconds between two looks at DNS"
+    )
+    kubernetes_service: str = Field(
+        default="", description="Service whose ready pods are worker groups (kubernetes only)"
+    )
+    kubernetes_namespace: str = Field(
+        default="", description="its namespace (default: that of this pod)"
+    )
+    kubernetes_port: str = Field(
+        default="grpc", description="name or number of the port of the workers in that Service"
+    )
+    worker_timeout: float = Field(
+        default=5.0,
+        gt=0,
+        description="seconds a worker with work may be silent, beyond ten times what the "
+        "iteration should take, before its jobs go elsewhere",
     )
     redis_url: str = Field(description="redis://host:port/db or unix:///path")
     redis_timeout: float = Field(
@@ -107,7 +134,13 @@ class SchedulerSettings(ServiceSettings):
     def _by_itself(cls, value: Any) -> Any:
         return None if value in ("auto", "measured") else value
 
-    @field_validator("worker")
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _separated(cls, value: Any) -> Any:
+        words = [value] if isinstance(value, str) else value
+        return [name.strip() for word in words for name in str(word).split(",") if name.strip()]
+
+    @field_validator("workers")
     @classmethod
     def _each_worker_once(cls, addresses: list[str]) -> list[str]:
         """Two streams to one worker would end each other for ever."""
@@ -115,3 +148,19 @@ class SchedulerSettings(ServiceSettings):
             if addresses.count(address) > 1:
                 raise ValueError(f"{address} is given twice")
         return addresses
+
+    @model_validator(mode="after")
+    def _findable(self) -> SchedulerSettings:
+        if self.discovery == "kubernetes":
+            if not self.kubernetes_service:
+                raise ValueError("--discovery kubernetes needs --kubernetes-service")
+            if self.workers:
+                raise ValueError("--worker does not go with --discovery kubernetes")
+        elif not self.workers:
+            raise ValueError("no worker group is given: name one with --worker")
+        if self.discovery == "dns":
+            for name in self.workers:
+                host, _, port = name.rpartition(":")
+                if not host or not port.isdigit():
+                    raise ValueError(f"{name!r} is not a name and a port, such as workers:7071")
+        return self

@@ -15,6 +15,7 @@ import structlog
 from grpc import aio
 
 from fastserve.common import rpc
+from fastserve.common.tls import Tls
 from fastserve.proto.v1 import worker_pb2, worker_pb2_grpc
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import Inventory, Plan, ProtocolError, WorkerInfo
@@ -55,6 +56,7 @@ class WorkerLink:
         director: Director,
         clock: Clock,
         metrics: Metrics,
+        tls: Tls | None = None,
     ) -> None:
         self.address = address
         self.described: worker_pb2.DescribeResponse | None = None  # while connected
@@ -70,6 +72,7 @@ class WorkerLink:
         self._director = director
         self._clock = clock
         self._metrics = metrics
+        self._tls = tls
         self._outbox: asyncio.Queue[worker_pb2.RunRequest] = asyncio.Queue()
         self._in_flight: deque[tuple[int, float]] = deque()  # plan id, when it was sent
 
@@ -93,7 +96,7 @@ class WorkerLink:
         failing = False
         while True:
             try:
-                async with rpc.channel(self.address) as channel:
+                async with rpc.channel(self.address, self._tls) as channel:
                     await self._converse(worker_pb2_grpc.WorkerServiceStub(channel))
             except aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:

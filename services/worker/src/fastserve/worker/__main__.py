@@ -16,6 +16,7 @@ from fastserve.common.errors import StartupError
 from fastserve.common.lifecycle import announce_ready, run_service
 from fastserve.common.rpc import GrpcServer
 from fastserve.common.telemetry import serve_metrics
+from fastserve.common.tls import load_tls
 from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.calibrate import measure
@@ -84,6 +85,7 @@ async def _attach_staging(
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, then serve until `stop` is set."""
+    tls = load_tls(settings)
     folder = prepare(settings.model, progress=lambda line: log.info("model", step=line))
     way = choose(
         ModelConfig.from_folder(folder),
@@ -141,10 +143,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     pb_grpc.add_WorkerServiceServicer_to_server(worker, server.server)
     thread.start(engine, worker.report)
     try:
-        address = await server.start(settings.listen)
-        metrics_port = serve_metrics(metrics.registry, settings.metrics_host, settings.metrics_port)
+        info: dict[str, str | int] = {"address": await server.start(settings.listen, tls)}
+        if settings.health_listen:
+            info["health_address"] = await server.start_health(settings.health_listen)
+        info["metrics_port"] = serve_metrics(
+            metrics.registry, settings.metrics_host, settings.metrics_port
+        )
         await server.set_serving(True)
-        announce_ready(settings, address=address, metrics_port=metrics_port)
+        announce_ready(settings, **info)
         await _until(stop, thread.failure)
         await server.stop(settings.shutdown_timeout)
     finally:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fastserve.common.settings import ServiceSettings
+from fastserve.common.rpc import RpcSettings
 from fastserve.worker.model.files import DEFAULT_MODEL
 
 
-class Settings(ServiceSettings):
+class Settings(RpcSettings):
     """FastServe worker: runs a model, one iteration of a plan after another."""
 
     listen: str = Field(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 
+from fastserve.scheduler.core.backlog import queued_work_s
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.deadlines import Deadlines, least_seconds
 from fastserve.scheduler.core.errors import IntegrityError, ProtocolError
@@ -312,6 +313,13 @@ class Scheduler:
     def cost_model(self, worker_id: str) -> CostModel:
         """What is known of the times of a worker. Raises KeyError if it is not connected."""
         return self._groups[worker_id].cost
+
+    def queued_work_s(self, worker_id: str) -> float:
+        """Predicted seconds until a worker is through with the jobs that wait for it now.
+
+        Raises KeyError if it is not connected.
+        """
+        return queued_work_s(self._groups[worker_id])
 
     def drain_events(self) -> list[Event]:
         """What happened since the last call."""
