@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -38,14 +38,15 @@ class LockError(Exception):
     """The environment or the files do not fit together; the sentence says where."""
 
 
-def pins(requirements: Path = ROOT / "requirements.txt") -> dict[str, str]:
-    """Version by canonical name."""
-    found: dict[str, str] = {}
-    for line in requirements.read_text().splitlines():
-        name, equals, version = line.partition("#")[0].strip().partition("==")
-        if equals:
-            found[canonicalize_name(name)] = version
-    return found
+# Markers are judged for the interpreter that runs this and for the oldest that an image may have.
+_OLDEST = {"python_version": "3.11", "python_full_version": "3.11.0"}
+
+
+def pins(requirements: Path = ROOT / "requirements.txt") -> dict[str, Requirement]:
+    """By canonical name."""
+    lines = (line.partition("#")[0].strip() for line in requirements.read_text().splitlines())
+    found = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
 
 
 def direct(dist: str) -> list[Requirement]:
@@ -60,8 +61,8 @@ def direct(dist: str) -> list[Requirement]:
     return found
 
 
-def closure(wanted: Iterable[Requirement], versions: dict[str, str]) -> dict[str, str]:
-    """`wanted` and all they need, by canonical name, pinned.
+def closure(wanted: Iterable[Requirement], pinned: Mapping[str, Requirement]) -> dict[str, str]:
+    """Lines for `wanted` and all they need, by canonical name.
 
     Raises `LockError` for what is not installed, not pinned, or pinned to what nobody can use.
     """
@@ -74,18 +75,25 @@ def closure(wanted: Iterable[Requirement], versions: dict[str, str]) -> dict[str
         if (name, extras) in seen:
             continue
         seen.add((name, extras))
-        if name not in versions:
+        pin = pinned.get(name)
+        if pin is None:
             raise LockError(f"{name} is needed, but requirements.txt does not pin it")
-        if not requirement.specifier.contains(versions[name], prereleases=True):
-            raise LockError(f"{requirement} is needed, requirements.txt has {versions[name]}")
-        found[name] = versions[name]
+        version = str(pin.specifier).removeprefix("==")
+        if not requirement.specifier.contains(version, prereleases=True):
+            raise LockError(f"{requirement} is needed, requirements.txt has {version}")
+        found[name] = f"{name}=={version}" + (f"; {pin.marker}" if pin.marker else "")
+        if pin.marker is not None and not pin.marker.evaluate():
+            continue  # not installed here; what has a marker in requirements.txt needs nothing
         try:
             needs = distribution(name).requires or []
         except PackageNotFoundError as error:
             raise LockError(f"{name} is not installed: run `make setup`") from error
         for need in map(Requirement, needs):
-            marker = need.marker
-            if marker is not None and not any(marker.evaluate({"extra": e}) for e in ("", *extras)):
+            if need.marker is not None and not any(
+                need.marker.evaluate({"extra": extra, **python})
+                for extra in ("", *extras)
+                for python in ({}, _OLDEST)
+            ):
                 continue
             if not (name == "torch" and _WITH_TORCH.match(need.name)):
                 todo.append(need)
@@ -95,9 +103,9 @@ def closure(wanted: Iterable[Requirement], versions: dict[str, str]) -> dict[str
 def lock(service: str) -> str:
     """Text of the lock file of a service, or of "build". Raises `LockError`."""
     wanted = map(Requirement, BUILD) if service == "build" else direct(f"fastserve-{service}")
-    pinned = closure(wanted, pins())
-    lines = [f"{name}=={version}" for name, version in sorted(pinned.items())]
-    return "\n".join(["# Written by docker/lock.py; do not edit.", *lines, ""])
+    lines = closure(wanted, pins())
+    found = [lines[name] for name in sorted(lines)]
+    return "\n".join(["# Written by docker/lock.py; do not edit.", *found, ""])
 
 
 def main() -> int:

@@ -376,7 +376,6 @@ async def test_snapshot(
     await view.finished()
     after = await scheduler.snapshot()
     assert not after.jobs
-    assert job.worker_id == "w0"
     (state,) = after.workers
     # 7 tokens of prompt, and each sampled token but the last is processed.
     assert state.processed_tokens == 7 + state.sampled_tokens - 1

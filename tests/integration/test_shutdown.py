@@ -135,7 +135,7 @@ async def test_a_gateway_does_not_wait_for_ever(
     tmp_path: Path, valkey: Valkey, worker: FakeWorker, default_model_folder: Path
 ) -> None:
     with (
-        scheduler_process(tmp_path, valkey, worker) as scheduler,
+        scheduler_process(tmp_path, valkey, worker, "--grace", "1") as scheduler,
         gateway_process(
             tmp_path, default_model_folder, scheduler, flags=["--shutdown-timeout", "0.3"]
         ) as (url, gateway),
@@ -146,8 +146,10 @@ async def test_a_gateway_does_not_wait_for_ever(
             gateway.process.send_signal(signal.SIGTERM)
             await asyncio.gather(*tasks)
             for answer in answers:
-                assert answer.error is not None and answer.error["code"] == "scheduler_unavailable"
+                assert answer.error is not None and answer.error["code"] == "draining"
+                assert "X-FastServe-Answer" in answer.error["message"]
         await left(gateway, 10)
+        # Their clients may go on elsewhere, for a while.
         await eventually(lambda: worker.held == {}, "the jobs to be cancelled")
 
 

@@ -105,6 +105,11 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> scheduler_pb2.SnapshotResponse:
         return scheduler_pb2.SnapshotResponse(epoch=1)
 
+    async def Drain(
+        self, request: scheduler_pb2.DrainRequest, context: aio.ServicerContext[Any, Any]
+    ) -> scheduler_pb2.DrainResponse:
+        return scheduler_pb2.DrainResponse()
+
     async def die(self) -> None:
         assert self.server is not None
         await self.server.stop(0)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,7 @@ class _Stream:
     iteration: int = 0
     # Operation id, kind, handle, blocks.
     pending: list[tuple[int, int, int, int]] = field(default_factory=list)
+    restate: asyncio.Event = field(default_factory=asyncio.Event)  # a report is due
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     refusal: tuple[grpc.StatusCode, str] = (grpc.StatusCode.UNAVAILABLE, "stream broken")
 
@@ -115,7 +116,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         max_num_batched_tokens: int = 64,
         max_model_len: int = 2048,
         iteration_s: float = 0.001,
+        prefill_s: float | None = None,
     ) -> None:
+        """prefill_s: that it claims for 64 tokens (default: four iterations; the truth is one)."""
         self.described = worker_pb2.DescribeResponse(
             worker_id=worker_id,
             epoch=1,
@@ -133,7 +136,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             pipeline_parallel_size=1,
             vocab_size=VOCAB,
             prefill_cost=worker_pb2.CostSample(
-                rows=1, new_tokens=64, context_tokens=64, seconds=iteration_s * 4
+                rows=1, new_tokens=64, context_tokens=64, seconds=prefill_s or iteration_s * 4
             ),
             decode_cost=worker_pb2.CostSample(
                 rows=1, new_tokens=1, context_tokens=64, seconds=iteration_s
@@ -148,7 +151,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.shard: str | None = None  # of the first scheduler
         self.prefilled: dict[str, int] = {}  # prompt and recomputed tokens processed, by job
         self.fail_next: dict[str, str] = {}  # job id -> how it fails in the next iteration
-        self._iteration_s = iteration_s
+        self.mangle: Callable[[worker_pb2.IterationReport], None] = lambda _: None
+        #   what a broken worker does to its reports
+        self.may_leave = asyncio.Event()  # a plan said so
+        self.iteration_s = iteration_s
         self._jobs: dict[str, _Job] = {}
         self._stream: _Stream | None = None
         self._seen_epoch = 0
@@ -179,6 +185,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         """As if the connection broke: what the worker holds stays."""
         if self._stream is not None:
             self._stream.ended.set()
+
+    def drain(self, draining: bool = True) -> None:
+        """As on SIGTERM: it asks for its jobs to be taken away."""
+        self.described.draining = draining
+        self.may_leave.clear()
+        if self._stream is not None:
+            self._stream.restate.set()
 
     def lose_kv(self, *, host: bool) -> None:
         """As if the process had died and come back: device KV is gone, host KV if `host`."""
@@ -254,13 +267,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         report.inventory.host_tokens.extend(job.host for job in held)
         await context.write(worker_pb2.RunResponse(report=report))
         while True:
-            if not self._runnable(stream) and not stream.pending and stream.plans.empty():
-                self._apply(stream, await stream.plans.get())
+            idle = not self._runnable(stream) and not stream.pending and stream.plans.empty()
+            if idle and not await self._next_plan(stream):
+                await context.write(worker_pb2.RunResponse(report=self._report(stream)))
+                continue
             while not stream.plans.empty():
                 self._apply(stream, stream.plans.get_nowait())
             if self._runnable(stream):
                 await self.gate.enter()
-                await asyncio.sleep(self._iteration_s)
+                await asyncio.sleep(self.iteration_s)
                 if stream.ended.is_set():
                     return
                 while not stream.plans.empty():  # the boundary is now
@@ -272,6 +287,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             if report.iteration or report.done_op_ids:
                 report.free_device_blocks = self._free_device()
                 report.free_host_blocks = self._free_host()
+                if report.iteration:
+                    self.mangle(report)
                 await context.write(worker_pb2.RunResponse(report=report))
 
     def _report(self, stream: _Stream) -> worker_pb2.IterationReport:
@@ -281,8 +298,24 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             free_device_blocks=self._free_device(),
             free_host_blocks=self._free_host(),
             started_unix_s=time.time(),
-            seconds=self._iteration_s,
+            seconds=self.iteration_s,
+            draining=self.described.draining,
         )
+
+    async def _next_plan(self, stream: _Stream) -> bool:
+        """Wait for one; False if there is something to report first."""
+        plan = asyncio.ensure_future(stream.plans.get())
+        restate = asyncio.ensure_future(stream.restate.wait())
+        try:
+            await asyncio.wait({plan, restate}, return_when=asyncio.FIRST_COMPLETED)
+            if plan.done():
+                self._apply(stream, plan.result())
+                return True
+            stream.restate.clear()
+            return False
+        finally:
+            plan.cancel()
+            restate.cancel()
 
     def _runnable(self, stream: _Stream) -> bool:
         return stream.lease > 0 and any(
@@ -297,6 +330,12 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if plan.scheduler_epoch != stream.epoch or plan.reset:
             self.violations.append("plan of another epoch, or a second reset")
         stream.plan_id, stream.lease = plan.plan_id, plan.lease
+        if plan.HasField("drain"):
+            self.drain(plan.drain)
+        if plan.may_leave:
+            self.may_leave.set()
+        if self.described.draining and plan.new_jobs and self.may_leave.is_set():
+            self.violations.append("new jobs for a worker that may leave")
         for new in plan.new_jobs:
             self._admit(stream, new)
         ops = zip(plan.op_ids, plan.ops, plan.op_handles, plan.op_blocks, strict=True)

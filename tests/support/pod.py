@@ -25,6 +25,8 @@ class Pod:
     host_blocks: int
     disk_blocks: int = 0
     worker_flags: tuple[str, ...] = ()
+    worker_id: str = "w-7"
+    sidecar_flags: tuple[str, ...] = ()
 
     block: ClassVar[int] = 8  # tokens
     block_bytes: ClassVar[int] = 3 * 2 * 2 * 16 * 4 * block  # layers, K, V, heads, head_dim, fp32
@@ -40,6 +42,7 @@ class Pod:
         if self.disk_blocks:
             slot = -(-self.block_bytes // 4096) * 4096
             flags += ["--disk-path", str(self.folder), "--disk-size", str(self.disk_blocks * slot)]
+        flags += self.sidecar_flags
         self.sidecar = self.stack.enter_context(
             service("fastserve.kv_offload", self.folder, *flags)
         )
@@ -47,7 +50,7 @@ class Pod:
 
     def start_worker(self) -> Running:
         flags = ["--listen", f"unix:{self.folder}/w", "--model", str(self.model)]
-        flags += ["--kv-offload", f"unix:{self.folder}/kv", "--worker-id", "w-7"]
+        flags += ["--kv-offload", f"unix:{self.folder}/kv", "--worker-id", self.worker_id]
         flags += ["--block-size", str(self.block), "--kv-blocks", str(self.device_blocks)]
         flags += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--threads", "1"]
         flags += ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128"]

@@ -59,11 +59,16 @@ async def stream(
     body: dict[str, Any],
     answer: Answer,
     headers: dict[str, str] | None = None,
+    *,
+    refusals: bool = False,
 ) -> Answer:
-    """Fill `answer` as it comes."""
+    """Fill `answer` as it comes. refusals: another status than 200 is its error, not a failure."""
     answer.started = time.monotonic()
     try:
         async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+            if refusals and response.status_code != 200:
+                answer.error = json.loads(await response.aread())["error"]
+                return answer
             assert response.status_code == 200, (await response.aread()).decode()
             async for line in response.aiter_lines():
                 _take(line, answer)

@@ -155,3 +155,36 @@ def test_two_greedy_tenants_are_served_alike_only_if_service_is_shared(
     options = {"fair_sharing": fair}
     index = service_jain_index(run(jobs, "fixed-priority", max_num_seqs=4, scheduler=options))
     assert index is not None and least <= index <= most
+
+
+def overload(workers: tuple[float, ...], jobs: int = 240) -> SimResult:
+    """More than three workers could serve, of mixed lengths."""
+    load = [SimJob(0.01 * n, 20 + 7 * n % 50, 40 + 31 * n % 120) for n in range(jobs)]
+    return run(load, "fastserve", max_num_seqs=8, speeds=workers)
+
+
+def test_two_workers_serve_nearly_twice_as_much() -> None:
+    one, two = overload((1.0,)), overload((1.0, 1.0))
+    assert one.makespan_s / two.makespan_s >= 1.9
+    assert not np.isnan(two.end_s).any()
+
+
+def test_a_slow_worker_gets_less() -> None:
+    """As one and a half: had it the same share of the jobs, it would be as slow as one."""
+    one, mixed = overload((1.0,)), overload((1.0, 0.5))
+    assert one.makespan_s / mixed.makespan_s >= 1.4
+
+
+def test_what_waits_moves_to_a_worker_that_idles() -> None:
+    """All jobs look alike when they come; those of one worker happen to end sooner."""
+    jobs = [SimJob(0.0, 10, 10 if n % 2 else 400) for n in range(64)]
+    result = run(jobs, "fcfs", max_num_seqs=4, speeds=(1.0, 1.0))
+    assert result.migrations > 0
+    work = result.service_s.sum() / 4  # seconds of four rows
+    assert result.makespan_s < 1.15 * work / 2
+
+
+def test_several_workers_repeat_exactly() -> None:
+    first, second = overload((1.0, 0.7, 1.0)), overload((1.0, 0.7, 1.0))
+    assert list(first.end_s) == list(second.end_s)
+    assert first.migrations == second.migrations

@@ -118,6 +118,7 @@ class Recorder:
             served_s=np.ones(len(jobs)),
             tenants=[job.tenant for job in jobs],
             preemptions=0,
+            migrations=0,
             offloaded_tokens=0,
             uploaded_tokens=0,
             recomputed_tokens=0,
@@ -146,10 +147,12 @@ def test_every_option_reaches_the_simulator(recorder: Recorder, tmp_path: Path) 
         "--max-num-seqs", "5", "--max-num-batched-tokens", "77", "--kv-tokens", "999",
         "--host-kv-tokens", "88", "--pcie-gbps", "1.5", "--kv-strategy", "defer",
         "--block-size", "8", "--lease", "2", "--starvation-threshold", "0.3",
+        "--workers", "2", "--worker-speed", "1,0.5",
         "--set", "levels=6", "--set", "quantum-ratio=4",
     )  # fmt: skip
     found = recorder.options
     assert found is not None and found.hardware.name == "tiny"
+    assert found.speeds == (1.0, 0.5)
     assert {job.tenant for job in recorder.jobs} == {"tenant-1", "tenant-2", "tenant-3"}
     assert (found.policy, found.max_num_seqs, found.max_num_batched_tokens) == ("srpt", 5, 77)
     assert (found.kv_tokens, found.host_kv_tokens, found.pcie_gbps) == (999, 88, 1.5)
@@ -192,6 +195,9 @@ def test_the_defaults_are_those_of_the_paper_and_of_the_cost_model(recorder: Rec
         ("--kv-tokens lots", "neither a whole number nor 'unlimited'"),
         ("--kv-tokens 15", "at least one block of 16 tokens"),
         ("--host-kv-tokens -1", "'--host-kv-tokens'"),
+        ("--workers 2 --worker-speed 1", "--worker-speed has 1 values for 2 workers"),
+        ("--workers 2 --worker-speed 1,0", "--worker-speed must be greater than 0"),
+        ("--worker-speed fast", "--worker-speed: 'fast' is not a number"),
         ("--pcie-gbps 0", "--pcie-gbps must be greater than 0"),
         ("--kv-strategy hope", "--kv-strategy: 'hope' is unknown: choose one of proactive"),
         ("--starvation-threshold 0", "starvation_s must be greater than 0"),

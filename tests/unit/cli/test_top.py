@@ -67,8 +67,14 @@ def line(text: str, start: str) -> list[str]:
 
 def test_one_sample() -> None:
     view = View()
-    jobs = [job("a", "running", worker_id="w0"), job("b", level=2), job("c", "preempted", 2)]
-    state = worker(device_blocks=10, free_device_blocks=4, host_blocks=8, free_host_blocks=8)
+    jobs = [job("a", "running"), job("b", level=2), job("c", "preempted", 2)]
+    state = worker(
+        running=1,
+        device_blocks=10,
+        free_device_blocks=4,
+        host_blocks=8,
+        free_host_blocks=8,
+    )
     counters = {"preemptions.quantum.swap": 3, "preemptions.memory.swap": 1, "promotions": 7}
     view.update(Sample(5.0, [snapshot(*jobs, workers=[state], counters=counters)]))
     text = shown(view)
@@ -162,7 +168,7 @@ def test_tiers_are_those_of_the_sidecar() -> None:
 
 
 def test_nothing_runs(tmp_path: Path) -> None:
-    with pytest.raises(CliError, match="not running here"):
+    with pytest.raises(CliError, match="does not run here"):
         local_sources(StateFolder(tmp_path))
 
 

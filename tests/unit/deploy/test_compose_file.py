@@ -63,13 +63,12 @@ def environment(service: str) -> dict[str, str]:
     return image_env(service) | given
 
 
-def settings(
-    service: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **more: str
-) -> ServiceSettings:
-    for name, value in (environment(service) | more).items():
-        if name.startswith("FASTSERVE_"):
+def settings(service: str, **more: str) -> ServiceSettings:
+    """As the service reads them in its container."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in (environment(service) | more).items():
             monkeypatch.setenv(name, value)
-    return load_settings(SETTINGS[service], f"fastserve-{service}", [])
+        return load_settings(SETTINGS[service], f"fastserve-{service}", [])
 
 
 @pytest.mark.parametrize("service", SETTINGS)
@@ -79,18 +78,18 @@ def test_every_variable_is_a_setting(service: str) -> None:
     assert names - fields <= _OTHERS
 
 
-def test_the_services_find_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gateway = settings("gateway", monkeypatch, tmp_path)
+def test_the_services_find_each_other(tmp_path: Path) -> None:
+    gateway = settings("gateway")
     assert isinstance(gateway, GatewaySettings)
-    scheduler = settings("scheduler", monkeypatch, tmp_path)
+    scheduler = settings("scheduler")
     assert isinstance(scheduler, SchedulerSettings)
     assert gateway.scheduler == [f"scheduler:{scheduler.listen.rpartition(':')[2]}"]
-    worker = settings("worker", monkeypatch, tmp_path)
+    worker = settings("worker")
     assert isinstance(worker, WorkerSettings)
-    assert scheduler.worker == [f"worker:{worker.listen.rpartition(':')[2]}"]
+    assert scheduler.workers == [f"worker:{worker.listen.rpartition(':')[2]}"]
     assert scheduler.redis_url == "redis://valkey:6379/0"
     pool = str(tmp_path)  # that of the container does not exist here
-    kv_offload = settings("kv-offload", monkeypatch, tmp_path, FASTSERVE_POOL_DIR=pool)
+    kv_offload = settings("kv-offload", FASTSERVE_POOL_DIR=pool)
     assert isinstance(kv_offload, KvOffloadSettings)
     assert worker.kv_offload == kv_offload.listen
     # Everybody listens for the other containers, and serves the model that the image holds.

@@ -27,7 +27,7 @@ def lock() -> ModuleType:
 
 def locked(service: str) -> dict[str, str]:
     lines = (ROOT / "docker" / "locks" / f"{service}.txt").read_text().splitlines()
-    pairs = (line.split("==") for line in lines if not line.startswith("#"))
+    pairs = (line.partition(";")[0].split("==") for line in lines if not line.startswith("#"))
     return dict(pairs)
 
 
@@ -62,7 +62,17 @@ def test_what_nobody_pins_is_an_error(lock: ModuleType) -> None:
     with pytest.raises(lock.LockError, match=r"grpcio<1 is needed, requirements.txt has"):
         lock.closure([Requirement("grpcio<1")], pins)
     with pytest.raises(lock.LockError, match="leftpad is not installed"):
-        lock.closure([Requirement("leftpad")], {"leftpad": "1"})
+        lock.closure([Requirement("leftpad")], {"leftpad": Requirement("leftpad==1")})
+
+
+def test_what_only_an_older_python_needs_is_locked_with_its_marker() -> None:
+    """Debian's 3.11.2 needs a package that 3.11.3 has no use for."""
+    lines = (ROOT / "docker" / "locks" / "scheduler.txt").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("async-timeout=="))
+    marker = Requirement(line).marker
+    assert marker is not None
+    assert marker.evaluate({"python_full_version": "3.11.2"})
+    assert not marker.evaluate({"python_full_version": "3.11.3"})
 
 
 def test_extras_are_followed(lock: ModuleType) -> None:

@@ -126,6 +126,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _plan(self, name: str) -> None:
         plan = self.scheduler.plan(name, self.now)
         if plan is not None:
+            if plan.may_leave:
+                assert self.scheduler.draining(name)
+                assert self.scheduler.jobs_of(name) == (0, 0), "its jobs are not all gone"
             assert len({op.op_id for op in plan.ops}) == len(plan.ops)
             for row in plan.rows:
                 assert row.job.worker_id == name, "a job at two workers"
@@ -193,7 +196,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             waiting = sum(j.state is not JobState.RUNNING for j in self.scheduler.jobs())
             assert waiting >= 12 and rejection.retry_after_s >= 1
         else:
-            assert (rejection.reason is RejectReason.NO_WORKER and not self.workers) or (
+            none = all(self.scheduler.draining(name) for name in self.workers)
+            assert (rejection.reason is RejectReason.NO_WORKER and none) or (
                 rejection.reason is RejectReason.DEADLINE and deadline is not None
             )
 
@@ -340,6 +344,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.remove_worker(name, self.now)
         self.away[name] = (model, model.reconnect(died=died, host_lost=host_lost))
 
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), draining=st.booleans())
+    def drain(self, data: st.DataObject, draining: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        self.scheduler.drain(name, draining, self.now)
+
+    @rule()
+    def balance(self) -> None:
+        before = {job.job_id: job.worker_id for job in self.scheduler.jobs()}
+        self.scheduler.balance(self.now)
+        for job in self.scheduler.jobs():
+            if job.worker_id != before[job.job_id] and job.worker_id is not None:
+                assert not self.scheduler.draining(job.worker_id), "moved to where it has to leave"
+
     @rule(data=st.data())
     def worker_comes(self, data: st.DataObject) -> None:
         absent = sorted(set(self.infos) - set(self.workers))
@@ -372,6 +390,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 model, inventory = self.away.pop(name)
                 self.workers[name] = model
                 self.scheduler.add_worker(self.infos[name], inventory, self.now)
+        for name in self.workers:
+            self.scheduler.drain(name, False, self.now)
         for _ in range(4000):
             busy = False
             for name, model in self.workers.items():

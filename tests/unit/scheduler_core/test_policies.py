@@ -270,6 +270,7 @@ def test_in_fastserve_the_handicap_follows_what_jobs_take() -> None:
         (ended,) = joined(policy, job_of(number))
         ended.attained = 20 * SERVICE_S
         policy.leave(ended)
+        policy.ended(ended)
     policy.weigh(0.1, 0, 1)
     assert order(policy, [old, late]) == ["j1", "j0"]
 

@@ -112,6 +112,18 @@ def simulate(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Worker groups, each such a machine.", rich_help_panel=_MACHINE),
+    ] = 1,
+    worker_speed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How fast each of them is, such as 1,1,0.5 (default: all alike).",
+            show_default=False,
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Most jobs in an iteration.", rich_help_panel=_MACHINE)
     ] = 16,
@@ -232,6 +244,10 @@ def simulate(
 
         fastserve simulate --tenants 8 --tenant-skew 1 --set levels=6
 
+    Several worker groups behind one scheduler, one of them slow:
+
+        fastserve simulate --workers 3 --worker-speed 1,1,0.5 --rate 6
+
     Several rates, policies or seeds make a sweep, with a CSV and plots in --out:
 
         fastserve simulate -r 1,2,3,4 -p fcfs,fastserve --seeds 5 --slo 0.3 --out results
@@ -252,6 +268,8 @@ def simulate(
             tenants=tenants,
             tenant_skew=tenant_skew,
             cost_model=cost_model,
+            workers=workers,
+            worker_speeds=worker_speed or [],
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_tokens=kv_tokens,

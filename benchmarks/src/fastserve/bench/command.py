@@ -62,6 +62,8 @@ class Asked:
     tenants: int
     tenant_skew: float
     cost_model: Path | None
+    workers: int
+    worker_speeds: Sequence[str]
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_tokens: str | None
@@ -174,6 +176,7 @@ def _options(asked: Asked, policy: str) -> SimOptions:
             kv_strategy=read.kv_strategy(asked.kv_strategy),
             block_size=asked.block_size,
             lease=asked.lease,
+            speeds=read.speeds(asked.workers, asked.worker_speeds),
             scheduler=scheduler,
         )
     )

@@ -37,6 +37,21 @@ def rates(values: Sequence[str]) -> list[float]:
     return list(dict.fromkeys(found))
 
 
+def speeds(workers: int, values: Sequence[str]) -> tuple[float, ...]:
+    """Of each worker group, against the machine's formula; all alike where nothing is said."""
+    found = []
+    for text in listed(values):
+        try:
+            found.append(float(text))
+        except ValueError:
+            raise ValueError(f"--worker-speed: {text!r} is not a number") from None
+        if not 0 < found[-1] < float("inf"):
+            raise ValueError(f"--worker-speed must be greater than 0, not {text}")
+    if found and len(found) != workers:
+        raise ValueError(f"--worker-speed has {len(found)} values for {workers} workers")
+    return tuple(found) or (1.0,) * workers
+
+
 def hardware(cost_model: Path | None) -> Hardware:
     """The machine of a cost model file; OPT-13B on one A100 where there is none."""
     return OPT_13B if cost_model is None else load_hardware(cost_model)

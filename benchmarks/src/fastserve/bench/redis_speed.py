@@ -32,6 +32,7 @@ from fastserve.proto.v1.sampling_pb2 import SamplingParams
 from fastserve.scheduler import lease
 from fastserve.scheduler.clock import Clock
 from fastserve.scheduler.core import Job, JobSpec
+from fastserve.scheduler.discovery import Static
 from fastserve.scheduler.durability import Journal
 from fastserve.scheduler.jobs import JobRecord, JobTable
 from fastserve.scheduler.leader import Leader
@@ -40,6 +41,7 @@ from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.store import Store
 from fastserve.scheduler.stored import Batch, StoredJob
+from fastserve.scheduler.surroundings import Surroundings
 
 _TTL_S: Final = 600.0
 _TIMEOUT_S: Final = 30.0
@@ -125,7 +127,9 @@ async def _recoveries(url: str, count: int, repeat: int) -> None:
             gc.collect()
             started, computing = time.perf_counter(), time.process_time()
             term = await lease.win(store, "bench", _TTL_S, lambda: None)
-            leader = Leader(settings, store, term, Clock(), Metrics(CollectorRegistry()))
+            around = Surroundings(Static(settings.workers))
+            metrics = Metrics(CollectorRegistry())
+            leader = Leader(settings, store, term, Clock(), metrics, around)
             await leader.restore()
             restored.append(time.perf_counter() - started)
             computed.append(time.process_time() - computing)

@@ -73,7 +73,6 @@ def _measure(
         spec = JobSpec(str(number), range(prompt), output, now, tenant=tenant)
         number += 1
         assert _timed(times["submit"], lambda: core.submit(spec, now)) is None
-        worker.meet(spec)
 
     while number < queued + rows:
         submit()
@@ -87,8 +86,7 @@ def _measure(
         plan = _timed(times["plan"], lambda: core.plan("sim", moment))  # noqa: B023
         if plan is not None:
             worker.receive(plan, now)
-        now, report = worker.step(now, now)
-        assert report is not None
+        now, report = worker.iterate(now)
         at, what = now, report
         progress = _timed(times["report"], lambda: core.on_report("sim", what, at))  # noqa: B023
         core.drain_events()

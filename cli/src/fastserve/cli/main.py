@@ -295,6 +295,30 @@ def top(
 
 
 @app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Id of the worker group, as in --worker-id.")],
+    scheduler: Annotated[
+        list[str] | None,
+        typer.Option(help="gRPC address of a scheduler; repeat for more (default: those here)."),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it take new jobs again.")] = False,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait until no job is left (0: do not).", min=0)
+    ] = 60.0,
+    state_dir: StateDir = None,
+) -> None:
+    """Take the jobs of a worker group away, before it is stopped. It gets no new ones.
+
+    Its running answers go on at other groups; without any they end where they are. Stopping a
+    worker (SIGTERM) does the same by itself.
+    """
+    from fastserve.cli import drain as draining
+
+    schedulers = draining.addresses(scheduler or [], _folder(state_dir))
+    typer.echo(draining.drain(worker, schedulers, undo=undo, wait_s=timeout))
+
+
+@app.command()
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="Ask this and exit.")] = None,
     url: Annotated[

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.live import Live
 
+from fastserve.cli.drain import addresses
 from fastserve.cli.errors import CliError
 from fastserve.cli.state import StateFolder
 from fastserve.cli.top_view import Sample, Tier, View
@@ -36,17 +37,10 @@ class Sources:
 
 def local_sources(folder: StateFolder) -> Sources:
     """Those of the `fastserve up` of this folder. Raises `CliError` if none runs."""
-    state = folder.read()
-    if state is None:
-        raise CliError(
-            "FastServe is not running here. Start it with `fastserve up`, or name a scheduler with "
-            "--scheduler HOST:PORT"
-        )
-    services = state["services"]
-    return Sources(
-        [s["address"] for name, s in services.items() if "scheduler" in name and s["address"]],
-        [s["metrics"] for name, s in services.items() if name == "kv-offload" and s["metrics"]],
-    )
+    schedulers = addresses([], folder)
+    services = (folder.read() or {"services": {}})["services"]
+    sidecars = (s["metrics"] for name, s in services.items() if name.startswith("kv-offload"))
+    return Sources(schedulers, [url for url in sidecars if url])
 
 
 class Reader:

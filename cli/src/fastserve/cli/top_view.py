@@ -123,7 +123,6 @@ class View:
                 "cost error",
             ]
         )
-        running = Counter(job.worker_id for job in self._all_jobs() if job.state == "running")
         before = {worker.address: worker for worker in self._all_workers(self._before)}
         for worker in self._all_workers(self._now):
             if not worker.connected:
@@ -131,7 +130,7 @@ class View:
                 continue
             past = before.get(worker.address)
             table.add_row(
-                *[worker.worker_id, worker.model, str(running[worker.worker_id])],
+                *[worker.worker_id, worker.model, _rows(worker)],
                 _seconds(worker.iteration_s) if worker.iterations else "",
                 self._rate(past.iterations if past else None, worker.iterations),
                 self._rate(past.processed_tokens if past else None, worker.processed_tokens),
@@ -235,6 +234,10 @@ def _filled(used: int, size: int) -> tuple[str, str, Text]:
     share = used / size if size else 0.0
     style = "red" if share > 0.95 else "green"
     return str(used), str(size), Text("█" * round(_BAR * share), style)
+
+
+def _rows(worker: WorkerState) -> str:
+    return f"{worker.running} draining" if worker.draining else str(worker.running)
 
 
 def _seconds(value: float) -> str:

@@ -1,6 +1,6 @@
-"""Discrete events around the scheduler core: the real core, a worker that only takes time.
+"""Discrete events around the scheduler core: the real core, workers that only take time.
 
-The worker does what plans say: an iteration lasts as long as the hardware's formula says, copies
+A worker does what plans say: an iteration lasts as long as the hardware's formula says, copies
 go through one channel per direction beside it. Reports and plans travel in no time, so a plan takes
 effect at the next iteration; of a real deployment only the network and the lease are missing.
 """
@@ -20,13 +20,14 @@ from fastserve.scheduler.core import (
     JobSpec,
     KvStrategy,
     Progress,
+    Report,
     Scheduler,
     SchedulerConfig,
     WorkerInfo,
 )
 
-_WORKER = "sim"
 _UNLIMITED = 1 << 40  # tokens
+_BALANCE_S = 0.05  # as often as the service
 _EVERY = 256  # ended jobs between two calls of `progress`
 
 
@@ -55,7 +56,6 @@ class _Simulation:
     ) -> None:
         self._jobs = jobs
         self._progress = progress
-        info = _info(options)
         self._core = Scheduler(
             SchedulerConfig(
                 policy=options.policy,
@@ -65,8 +65,13 @@ class _Simulation:
                 **options.scheduler,
             )
         )
-        self._core.add_worker(info, Inventory(), 0.0)
-        self._worker = SimWorker(options, info)
+        self._workers: dict[str, SimWorker] = {}
+        for at, speed in enumerate(options.speeds):
+            info = _info(options, f"sim-{at}", speed)
+            self._core.add_worker(info, Inventory(), 0.0)
+            self._workers[info.worker_id] = SimWorker(options, info, speed)
+        self._busy: dict[str, tuple[float, Report]] = {}  # iterations under way: end, report
+        self._balanced = 0.0
         self._first = np.full(len(jobs), np.nan)
         self._end = np.full(len(jobs), np.nan)
         self._service = np.zeros(len(jobs))
@@ -77,19 +82,22 @@ class _Simulation:
         self._failed = 0
 
     def run(self) -> SimResult:
-        jobs, core, worker = self._jobs, self._core, self._worker
+        jobs, core, workers = self._jobs, self._core, self._workers
         now = jobs[0].arrival_s if jobs else 0.0
         reported = 0
         while self._next < len(jobs) or self._left:
             self._arrive(now)
-            plan = core.plan(_WORKER, now)
-            if plan is not None:
-                worker.receive(plan, now)
-            now, report = worker.step(now, self._next_arrival())
-            if report is not None:
-                self._note(core.on_report(_WORKER, report, now), now)
-            elif now == float("inf"):
+            if len(workers) > 1 and now >= self._balanced + _BALANCE_S:
+                self._balanced = now
+                core.balance(now)
+            self._begin(now)
+            now = self._next_event()
+            if now == float("inf"):
                 raise StuckError(f"{self._left} jobs are left and nothing happens")
+            for name, worker in workers.items():
+                report = self._report(name, worker, now)
+                if report is not None:
+                    self._note(worker, core.on_report(name, report, now), now)
             core.drain_events()
             ended = self._next - self._left
             if self._progress is not None and ended - reported >= _EVERY:
@@ -98,6 +106,32 @@ class _Simulation:
         if self._progress is not None:
             self._progress(len(jobs))
         return self._result()
+
+    def _begin(self, now: float) -> None:
+        """Workers at a boundary get their plans and begin an iteration, if there is one."""
+        for name, worker in self._workers.items():
+            if name in self._busy:
+                continue
+            plan = self._core.plan(name, now)
+            if plan is not None:
+                worker.receive(plan, now)
+            if worker.runnable:
+                self._busy[name] = worker.iterate(now)
+
+    def _next_event(self) -> float:
+        """When an iteration ends; while a worker is idle also when a copy ends or a job comes."""
+        moment = min((end for end, _ in self._busy.values()), default=float("inf"))
+        for name, worker in self._workers.items():
+            if name not in self._busy:
+                moment = min(moment, worker.copied_at, self._next_arrival())
+        return moment
+
+    def _report(self, name: str, worker: SimWorker, now: float) -> Report | None:
+        if name not in self._busy:
+            return worker.copied(now)
+        if self._busy[name][0] > now:
+            return None
+        return self._busy.pop(name)[1]
 
     def _next_arrival(self) -> float:
         return self._jobs[self._next].arrival_s if self._next < len(self._jobs) else float("inf")
@@ -115,7 +149,6 @@ class _Simulation:
                 service_class=job.service_class,
             )
             if self._core.submit(spec, now) is None:
-                self._worker.meet(spec)
                 live = self._core.job(spec.job_id)
                 assert live is not None
                 self._live[spec.job_id] = live
@@ -131,13 +164,13 @@ class _Simulation:
         for job_id, job in self._live.items():
             self._served[int(job_id)] = job.attained
 
-    def _note(self, progress: Progress, now: float) -> None:
+    def _note(self, worker: SimWorker, progress: Progress, now: float) -> None:
         for job_id, index, _, _ in progress.tokens:
             if not index:
                 self._first[int(job_id)] = now
         for ended in progress.finished:
             self._left -= 1
-            self._worker.forget(ended.job_id)
+            worker.forget(ended.job_id)
             self._service[int(ended.job_id)] = self._live.pop(ended.job_id).attained
             if ended.error:
                 self._failed += 1
@@ -164,23 +197,26 @@ class _Simulation:
             recomputed_tokens=counters["tokens.recomputed"],
             kv_wait_s=kv_wait_s,
             row_s=row_s,
+            migrations=sum(n for name, n in counters.items() if name.startswith("migrations.")),
             failed=self._failed,
             makespan_s=float(done.max() - jobs[0].arrival_s) if done.size else 0.0,
         )
 
 
-def _info(options: SimOptions) -> WorkerInfo:
+def _info(options: SimOptions, name: str, speed: float) -> WorkerInfo:
     """What the worker says of itself; its two measurements come from the formula."""
     hardware, chunk = options.hardware, min(512, options.max_num_batched_tokens)
+    prefill_s = hardware.iteration_s([(0, chunk)], 0, 0) / speed
+    decode_s = hardware.iteration_s([], 1, 256) / speed
     kv_tokens = _UNLIMITED if options.kv_tokens is None else options.kv_tokens
     return WorkerInfo(
-        worker_id=_WORKER,
+        worker_id=name,
         block_size=options.block_size,
         device_blocks=kv_tokens // options.block_size,
         host_blocks=options.host_kv_tokens // options.block_size,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=_UNLIMITED,
-        prefill_sample=CostSample(1, chunk, chunk, hardware.iteration_s([(0, chunk)], 0, 0)),
-        decode_sample=CostSample(1, 1, 256, hardware.iteration_s([], 1, 256)),
+        prefill_sample=CostSample(1, chunk, chunk, prefill_s),
+        decode_sample=CostSample(1, 1, 256, decode_s),
     )

@@ -27,8 +27,8 @@ class SimOptions:
     """One deployment: the scheduler's options, and the machine that it drives.
 
     kv_tokens: device KV memory in tokens, None for unlimited; host_kv_tokens likewise on the host,
-    0 for none. pcie_gbps: 10^9 bytes per second in each direction. scheduler: further fields of
-    `SchedulerConfig`.
+    0 for none. pcie_gbps: 10^9 bytes per second in each direction. speeds: of the worker groups,
+    one each, against the hardware's formula. scheduler: further fields of `SchedulerConfig`.
     """
 
     policy: str
@@ -41,6 +41,7 @@ class SimOptions:
     kv_strategy: str = "proactive"
     block_size: int = 16
     lease: int = 4
+    speeds: tuple[float, ...] = (1.0,)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,5 +63,6 @@ class SimResult:
     recomputed_tokens: int
     kv_wait_s: float  # that the first in the order waited for KV on its way, over all jobs
     row_s: float  # of execution, likewise
+    migrations: int  # of jobs to another group
     failed: int
     makespan_s: float  # first arrival to last end

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fastserve.bench.sim.types import SimOptions
 from fastserve.scheduler.core import (
     FinishReason,
-    JobSpec,
     KvOpKind,
     KvStatus,
     OpDone,
@@ -32,8 +31,9 @@ class _Held:
 class SimWorker:
     """Runs plans in simulated time. One channel to the host and one from it, beside computing."""
 
-    def __init__(self, options: SimOptions, info: WorkerInfo) -> None:
-        self._hardware = options.hardware
+    def __init__(self, options: SimOptions, info: WorkerInfo, speed: float = 1.0) -> None:
+        """speed: how many times as fast as the hardware says."""
+        self._hardware, self._speed = options.hardware, speed
         self._seconds_per_token = options.hardware.kv_bytes_per_token / (options.pcie_gbps * 1e9)
         self._info = info
         self._held: dict[str, _Held] = {}
@@ -45,9 +45,6 @@ class SimWorker:
         self._copies: list[tuple[float, OpDone, _Held, KvOpKind]] = []
         self._released: dict[int, str] = {}
 
-    def meet(self, spec: JobSpec) -> None:
-        self._held[spec.job_id] = _Held(spec.job_id, len(spec.prompt), len(spec.prompt))
-
     def forget(self, job_id: str) -> None:
         """It ended: nothing more is computed for it."""
         self._rows = [row for row in self._rows if row[0].job_id != job_id]
@@ -57,6 +54,9 @@ class SimWorker:
         for op in plan.ops:
             self._begin(op.kind, op.op_id, op.job_id, op.blocks, now)
         held = self._held
+        for job, _ in plan.rows:
+            if job.spec.job_id not in held:  # it comes whole, with what it had elsewhere
+                held[job.spec.job_id] = _Held(job.spec.job_id, job.known_len, job.prompt_len)
         self._rows = [(held[job.spec.job_id], tokens) for job, tokens in plan.rows]
 
     def _begin(self, kind: KvOpKind, op_id: int, job_id: str, blocks: int, now: float) -> None:
@@ -84,21 +84,23 @@ class SimWorker:
         done = OpDone(op_id, KvStatus.OK, tokens, size, end - now)
         self._copies.append((end, done, held, kind))
 
-    def step(self, now: float, next_arrival: float) -> tuple[float, Report | None]:
-        """One iteration, or with no rows to run the time until a copy ends or a job arrives.
+    @property
+    def runnable(self) -> bool:
+        """There are rows to run."""
+        return bool(self._rows and self._lease)
 
-        Returns the moment that is reached and what there is to report; infinity: nothing will
-        happen any more.
-        """
-        if self._rows and self._lease:
-            return self._iterate(now)
-        ends = min((copy[0] for copy in self._copies), default=float("inf"))
-        now = max(now, min(ends, next_arrival))
+    @property
+    def copied_at(self) -> float:
+        """When the next copy ends; infinity: none is under way."""
+        return min((copy[0] for copy in self._copies), default=float("inf"))
+
+    def copied(self, now: float) -> Report | None:
+        """The copies that have ended by now, while nothing runs."""
         done = self._finished(now)
-        report = Report(plan_id=self._plan_id, iteration=0, ops=done) if done else None
-        return now, report
+        return Report(plan_id=self._plan_id, iteration=0, ops=done) if done else None
 
-    def _iterate(self, now: float) -> tuple[float, Report]:
+    def iterate(self, now: float) -> tuple[float, Report]:
+        """One iteration: when it ends, and its report then. Only if `runnable`."""
         self._lease -= 1
         self._iteration += 1
         chunks: list[tuple[int, int]] = []
@@ -121,7 +123,7 @@ class SimWorker:
                 sampled.append((held.job_id, known - held.prompt, 0, None))
                 held.known = known + 1
         decodes = len(rows) - len(chunks)
-        seconds = self._hardware.iteration_s(chunks, decodes, decode_context)
+        seconds = self._hardware.iteration_s(chunks, decodes, decode_context) / self._speed
         now += seconds
         report = Report(
             plan_id=self._plan_id,

@@ -58,6 +58,20 @@ class RenewResponse(_message.Message):
     free_blocks: int
     def __init__(self, free_blocks: _Optional[int] = ...) -> None: ...
 
+class DetachRequest(_message.Message):
+    __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SIDECAR_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    worker_epoch: int
+    sidecar_epoch: int
+    def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., sidecar_epoch: _Optional[int] = ...) -> None: ...
+
+class DetachResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ReserveRequest(_message.Message):
     __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_id", "block_indexes")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -49,6 +49,11 @@ class KvOffloadServiceStub:
                 request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewRequest.SerializeToString,
                 response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewResponse.FromString,
                 _registered_method=True)
+        self.Detach = channel.unary_unary(
+                '/fastserve.v1.KvOffloadService/Detach',
+                request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.DetachRequest.SerializeToString,
+                response_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.DetachResponse.FromString,
+                _registered_method=True)
         self.Reserve = channel.unary_unary(
                 '/fastserve.v1.KvOffloadService/Reserve',
                 request_serializer=fastserve_dot_v1_dot_kv__offload__pb2.ReserveRequest.SerializeToString,
@@ -106,6 +111,14 @@ class KvOffloadServiceServicer:
 
     def Renew(self, request, context):
         """Keep the lease of the worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detach(self, request, context):
+        """The worker process ends in order. Its blocks stay until the lease ends, for its next life; but a
+        sidecar that is to stop need not wait for it any more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,6 +191,11 @@ def add_KvOffloadServiceServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewRequest.FromString,
                     response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.RenewResponse.SerializeToString,
+            ),
+            'Detach': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detach,
+                    request_deserializer=fastserve_dot_v1_dot_kv__offload__pb2.DetachRequest.FromString,
+                    response_serializer=fastserve_dot_v1_dot_kv__offload__pb2.DetachResponse.SerializeToString,
             ),
             'Reserve': grpc.unary_unary_rpc_method_handler(
                     servicer.Reserve,
@@ -274,6 +292,33 @@ class KvOffloadService:
             '/fastserve.v1.KvOffloadService/Renew',
             fastserve_dot_v1_dot_kv__offload__pb2.RenewRequest.SerializeToString,
             fastserve_dot_v1_dot_kv__offload__pb2.RenewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastserve.v1.KvOffloadService/Detach',
+            fastserve_dot_v1_dot_kv__offload__pb2.DetachRequest.SerializeToString,
+            fastserve_dot_v1_dot_kv__offload__pb2.DetachResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,10 @@ class KvOffloadServiceStub:
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.RenewRequest, _kv_offload_pb2.RenewResponse]
     """Keep the lease of the worker."""
+    Detach: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.DetachRequest, _kv_offload_pb2.DetachResponse]
+    """The worker process ends in order. Its blocks stay until the lease ends, for its next life; but a
+    sidecar that is to stop need not wait for it any more.
+    """
     Reserve: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.ReserveRequest, _kv_offload_pb2.ReserveResponse]
     """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
     this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
@@ -89,6 +93,10 @@ class KvOffloadServiceAsyncStub(KvOffloadServiceStub):
     """
     Renew: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.RenewRequest, _kv_offload_pb2.RenewResponse]  # type: ignore[assignment]
     """Keep the lease of the worker."""
+    Detach: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.DetachRequest, _kv_offload_pb2.DetachResponse]  # type: ignore[assignment]
+    """The worker process ends in order. Its blocks stay until the lease ends, for its next life; but a
+    sidecar that is to stop need not wait for it any more.
+    """
     Reserve: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.ReserveRequest, _kv_offload_pb2.ReserveResponse]  # type: ignore[assignment]
     """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
     this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
@@ -141,6 +149,16 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_offload_pb2.RenewResponse, _abc.Awaitable[_kv_offload_pb2.RenewResponse]]:
         """Keep the lease of the worker."""
+
+    @_abc_1.abstractmethod
+    def Detach(
+        self,
+        request: _kv_offload_pb2.DetachRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_offload_pb2.DetachResponse, _abc.Awaitable[_kv_offload_pb2.DetachResponse]]:
+        """The worker process ends in order. Its blocks stay until the lease ends, for its next life; but a
+        sidecar that is to stop need not wait for it any more.
+        """
 
     @_abc_1.abstractmethod
     def Reserve(

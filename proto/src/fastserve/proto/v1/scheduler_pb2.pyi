@@ -169,6 +169,22 @@ class TokenBatch(_message.Message):
     errors: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_indexes: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., tokens: _Optional[_Iterable[int]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., error_entries: _Optional[_Iterable[int]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class DrainRequest(_message.Message):
+    __slots__ = ("worker_id", "undo")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    undo: bool
+    def __init__(self, worker_id: _Optional[str] = ..., undo: _Optional[bool] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("jobs", "others")
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    jobs: int
+    others: int
+    def __init__(self, jobs: _Optional[int] = ..., others: _Optional[int] = ...) -> None: ...
+
 class SnapshotRequest(_message.Message):
     __slots__ = ("include_jobs",)
     INCLUDE_JOBS_FIELD_NUMBER: _ClassVar[int]
@@ -207,7 +223,7 @@ class SnapshotResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[str] = ..., durable: _Optional[bool] = ..., uptime_s: _Optional[float] = ..., level_depths: _Optional[_Iterable[int]] = ..., level_quanta_s: _Optional[_Iterable[float]] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobState, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., shard: _Optional[str] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s", "iteration_s", "sampled_tokens", "processed_tokens", "model")
+    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s", "iteration_s", "sampled_tokens", "processed_tokens", "model", "draining", "jobs", "running")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +240,9 @@ class WorkerState(_message.Message):
     SAMPLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROCESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     address: str
     worker_id: str
     connected: bool
@@ -240,10 +259,13 @@ class WorkerState(_message.Message):
     sampled_tokens: int
     processed_tokens: int
     model: str
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ..., cost_model_error: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., iteration_s: _Optional[float] = ..., sampled_tokens: _Optional[int] = ..., processed_tokens: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+    draining: bool
+    jobs: int
+    running: int
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ..., cost_model_error: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., iteration_s: _Optional[float] = ..., sampled_tokens: _Optional[int] = ..., processed_tokens: _Optional[int] = ..., model: _Optional[str] = ..., draining: _Optional[bool] = ..., jobs: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
 class JobState(_message.Message):
-    __slots__ = ("job_id", "tenant", "state", "kv", "level", "prompt_tokens", "output_tokens", "preemptions", "age_s", "worker_id")
+    __slots__ = ("job_id", "tenant", "state", "kv", "level", "prompt_tokens", "output_tokens", "preemptions", "age_s")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -253,7 +275,6 @@ class JobState(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
-    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     tenant: str
     state: str
@@ -263,5 +284,4 @@ class JobState(_message.Message):
     output_tokens: int
     preemptions: int
     age_s: float
-    worker_id: str
-    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., state: _Optional[str] = ..., kv: _Optional[str] = ..., level: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., age_s: _Optional[float] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., state: _Optional[str] = ..., kv: _Optional[str] = ..., level: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...

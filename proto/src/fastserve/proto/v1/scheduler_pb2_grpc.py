@@ -45,6 +45,11 @@ class SchedulerServiceStub:
                 request_serializer=fastserve_dot_v1_dot_scheduler__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=fastserve_dot_v1_dot_scheduler__pb2.SnapshotResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/fastserve.v1.SchedulerService/Drain',
+                request_serializer=fastserve_dot_v1_dot_scheduler__pb2.DrainRequest.SerializeToString,
+                response_deserializer=fastserve_dot_v1_dot_scheduler__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -67,6 +72,14 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Take the jobs of a worker group away and give it no new ones, until undone. Returns at once; the
+        snapshot tells how many jobs are left. NOT_FOUND: no such worker is connected.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +92,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=fastserve_dot_v1_dot_scheduler__pb2.SnapshotRequest.FromString,
                     response_serializer=fastserve_dot_v1_dot_scheduler__pb2.SnapshotResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=fastserve_dot_v1_dot_scheduler__pb2.DrainRequest.FromString,
+                    response_serializer=fastserve_dot_v1_dot_scheduler__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +154,33 @@ class SchedulerService:
             '/fastserve.v1.SchedulerService/Snapshot',
             fastserve_dot_v1_dot_scheduler__pb2.SnapshotRequest.SerializeToString,
             fastserve_dot_v1_dot_scheduler__pb2.SnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fastserve.v1.SchedulerService/Drain',
+            fastserve_dot_v1_dot_scheduler__pb2.DrainRequest.SerializeToString,
+            fastserve_dot_v1_dot_scheduler__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,10 @@ class SchedulerServiceStub:
     """
     Snapshot: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.SnapshotRequest, _scheduler_pb2.SnapshotResponse]
     """Queues, jobs, KV tiers and workers at one moment, for consoles and tests."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.DrainRequest, _scheduler_pb2.DrainResponse]
+    """Take the jobs of a worker group away and give it no new ones, until undone. Returns at once; the
+    snapshot tells how many jobs are left. NOT_FOUND: no such worker is connected.
+    """
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -53,6 +57,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """
     Snapshot: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.SnapshotRequest, _scheduler_pb2.SnapshotResponse]  # type: ignore[assignment]
     """Queues, jobs, KV tiers and workers at one moment, for consoles and tests."""
+    Drain: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.DrainRequest, _scheduler_pb2.DrainResponse]  # type: ignore[assignment]
+    """Take the jobs of a worker group away and give it no new ones, until undone. Returns at once; the
+    snapshot tells how many jobs are left. NOT_FOUND: no such worker is connected.
+    """
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Gateway side of the scheduler."""
@@ -75,5 +83,15 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.SnapshotResponse, _abc.Awaitable[_scheduler_pb2.SnapshotResponse]]:
         """Queues, jobs, KV tiers and workers at one moment, for consoles and tests."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _scheduler_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_pb2.DrainResponse, _abc.Awaitable[_scheduler_pb2.DrainResponse]]:
+        """Take the jobs of a worker group away and give it no new ones, until undone. Returns at once; the
+        snapshot tells how many jobs are left. NOT_FOUND: no such worker is connected.
+        """
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

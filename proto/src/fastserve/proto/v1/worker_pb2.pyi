@@ -43,7 +43,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("worker_id", "epoch", "model", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "block_bytes", "device_blocks", "host_blocks", "tensor_parallel_size", "pipeline_parallel_size", "vocab_size", "eos_token_ids", "prefill_cost", "decode_cost")
+    __slots__ = ("worker_id", "epoch", "model", "dtype", "device", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "block_bytes", "device_blocks", "host_blocks", "tensor_parallel_size", "pipeline_parallel_size", "vocab_size", "eos_token_ids", "prefill_cost", "decode_cost", "draining")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class DescribeResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_COST_FIELD_NUMBER: _ClassVar[int]
     DECODE_COST_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     model: str
@@ -80,7 +81,8 @@ class DescribeResponse(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     prefill_cost: CostSample
     decode_cost: CostSample
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., prefill_cost: _Optional[_Union[CostSample, _Mapping]] = ..., decode_cost: _Optional[_Union[CostSample, _Mapping]] = ...) -> None: ...
+    draining: bool
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., prefill_cost: _Optional[_Union[CostSample, _Mapping]] = ..., decode_cost: _Optional[_Union[CostSample, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class CostSample(_message.Message):
     __slots__ = ("rows", "new_tokens", "context_tokens", "seconds")
@@ -107,7 +109,7 @@ class RunResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[IterationReport, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard", "op_blocks")
+    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard", "op_blocks", "drain", "may_leave")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +122,8 @@ class Plan(_message.Message):
     OP_HANDLES_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     OP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    MAY_LEAVE_FIELD_NUMBER: _ClassVar[int]
     plan_id: int
     scheduler_epoch: int
     reset: bool
@@ -132,7 +136,9 @@ class Plan(_message.Message):
     op_handles: _containers.RepeatedScalarFieldContainer[int]
     shard: str
     op_blocks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., op_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+    drain: bool
+    may_leave: bool
+    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., op_blocks: _Optional[_Iterable[int]] = ..., drain: _Optional[bool] = ..., may_leave: _Optional[bool] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("handle", "job_id", "token_ids", "prompt_len", "sampling", "traceparent")
@@ -151,7 +157,7 @@ class Job(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., job_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class IterationReport(_message.Message):
-    __slots__ = ("worker_epoch", "plan_id", "iteration", "row_handles", "row_new_tokens", "row_computed", "sampled_handles", "sampled_indexes", "sampled_tokens", "finish_reasons", "has_logprobs", "logprobs", "top_counts", "top_ids", "top_logprobs", "stalled_handles", "done_op_ids", "done_status", "done_tokens", "done_bytes", "done_seconds", "free_device_blocks", "free_host_blocks", "started_unix_s", "seconds", "context_tokens", "failed_handles", "failures", "inventory")
+    __slots__ = ("worker_epoch", "plan_id", "iteration", "row_handles", "row_new_tokens", "row_computed", "sampled_handles", "sampled_indexes", "sampled_tokens", "finish_reasons", "has_logprobs", "logprobs", "top_counts", "top_ids", "top_logprobs", "stalled_handles", "done_op_ids", "done_status", "done_tokens", "done_bytes", "done_seconds", "free_device_blocks", "free_host_blocks", "started_unix_s", "seconds", "context_tokens", "failed_handles", "failures", "inventory", "draining")
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     ITERATION_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +187,7 @@ class IterationReport(_message.Message):
     FAILED_HANDLES_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     INVENTORY_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     worker_epoch: int
     plan_id: int
     iteration: int
@@ -210,7 +217,8 @@ class IterationReport(_message.Message):
     failed_handles: _containers.RepeatedScalarFieldContainer[int]
     failures: _containers.RepeatedScalarFieldContainer[str]
     inventory: Inventory
-    def __init__(self, worker_epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., iteration: _Optional[int] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_new_tokens: _Optional[_Iterable[int]] = ..., row_computed: _Optional[_Iterable[int]] = ..., sampled_handles: _Optional[_Iterable[int]] = ..., sampled_indexes: _Optional[_Iterable[int]] = ..., sampled_tokens: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., stalled_handles: _Optional[_Iterable[int]] = ..., done_op_ids: _Optional[_Iterable[int]] = ..., done_status: _Optional[_Iterable[_Union[KvStatus, str]]] = ..., done_tokens: _Optional[_Iterable[int]] = ..., done_bytes: _Optional[_Iterable[int]] = ..., done_seconds: _Optional[_Iterable[float]] = ..., free_device_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., started_unix_s: _Optional[float] = ..., seconds: _Optional[float] = ..., context_tokens: _Optional[int] = ..., failed_handles: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[str]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ...) -> None: ...
+    draining: bool
+    def __init__(self, worker_epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., iteration: _Optional[int] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_new_tokens: _Optional[_Iterable[int]] = ..., row_computed: _Optional[_Iterable[int]] = ..., sampled_handles: _Optional[_Iterable[int]] = ..., sampled_indexes: _Optional[_Iterable[int]] = ..., sampled_tokens: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., stalled_handles: _Optional[_Iterable[int]] = ..., done_op_ids: _Optional[_Iterable[int]] = ..., done_status: _Optional[_Iterable[_Union[KvStatus, str]]] = ..., done_tokens: _Optional[_Iterable[int]] = ..., done_bytes: _Optional[_Iterable[int]] = ..., done_seconds: _Optional[_Iterable[float]] = ..., free_device_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., started_unix_s: _Optional[float] = ..., seconds: _Optional[float] = ..., context_tokens: _Optional[int] = ..., failed_handles: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[str]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Inventory(_message.Message):
     __slots__ = ("job_ids", "device_tokens", "host_tokens")

@@ -19,7 +19,13 @@ from fastserve.gateway.errors import (
     OverloadedError,
     UnavailableError,
 )
-from fastserve.gateway.jobs import Job, JobRefusedError, SchedulerLostError, TokenLogprob
+from fastserve.gateway.jobs import (
+    GatewayStoppingError,
+    Job,
+    JobRefusedError,
+    SchedulerLostError,
+    TokenLogprob,
+)
 from fastserve.gateway.metrics import RequestTimes
 from fastserve.gateway.scheduler_client import SchedulerClient
 from fastserve.gateway.stop_strings import StopStrings
@@ -236,6 +242,11 @@ class Generation:
             self._times.complete()
         return deltas
 
+    def may_resume(self) -> None:
+        """The client can go on with the answer at another gateway, should this one end."""
+        for job in self._jobs:
+            job.resumable = True
+
     def close(self) -> None:
         """Cancel what has not ended."""
         for job in self._jobs:
@@ -256,6 +267,8 @@ def _check_end(job: Job) -> None:
 
 def api_error(error: JobRefusedError | SchedulerLostError, *, attach: bool = False) -> ApiError:
     """What the client is told."""
+    if isinstance(error, GatewayStoppingError):
+        return UnavailableError(str(error), "draining")
     if isinstance(error, SchedulerLostError):
         return UnavailableError(str(error), "scheduler_unavailable")
     match error.reason:

@@ -73,6 +73,10 @@ class SchedulerLostError(Exception):
     """The scheduler is gone, or the job was lost with it; the message is meant for the client."""
 
 
+class GatewayStoppingError(SchedulerLostError):
+    """This gateway is about to end; the job goes on."""
+
+
 class Job:
     """A job that a request follows. The client fills it; the request takes from it.
 
@@ -90,6 +94,7 @@ class Job:
         self.sent = False  # some stream carried it to the scheduler, which may have it
         self.next_index = 0
         self.dropped = False  # cancelled or detached: nobody follows it
+        self.resumable = False  # the client can go on with it at another gateway
         self.detached = False  # left running for another stream to attach to
         self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.finish: int = UNFINISHED

@@ -23,7 +23,13 @@ from grpc import aio
 
 from fastserve.common import rpc
 from fastserve.common.tls import Tls
-from fastserve.gateway.jobs import Job, JobRefusedError, SchedulerLostError, unpack
+from fastserve.gateway.jobs import (
+    GatewayStoppingError,
+    Job,
+    JobRefusedError,
+    SchedulerLostError,
+    unpack,
+)
 from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -31,6 +37,10 @@ log = structlog.get_logger(__name__)
 _WELCOME_TIMEOUT_S: Final = 3.0
 _BACKOFF_S: Final = (0.05, 0.5)  # first and longest pause between two rounds of the addresses
 _FLUSH_TIMEOUT_S: Final = 1.0
+_GO_ON: Final = (
+    "the gateway is shutting down: the same request with X-FastServe-Answer and Last-Event-ID goes "
+    "on at another one"
+)
 _BREAKS: Final = (aio.AioRpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError)
 
 
@@ -216,10 +226,15 @@ class SchedulerClient:
             self._fail_all("the gateway is shutting down")
 
     async def close(self) -> None:
-        """Cancel all followed jobs and see the messages off; requests get `SchedulerLostError`."""
+        """Requests get `GatewayStoppingError`; their jobs are cancelled, but for those that clients
+        can go on with elsewhere, which the scheduler keeps for its grace."""
         for job in list(self._jobs.values()):
-            self.cancel(job)  # which forgets a job that no stream carried yet
-            job.fail(SchedulerLostError("the gateway is shutting down"))
+            if job.resumable and job.sent:
+                job.dropped = True
+                job.fail(GatewayStoppingError(_GO_ON))
+            else:
+                self.cancel(job)  # which forgets a job that no stream carried yet
+                job.fail(GatewayStoppingError("the gateway is shutting down"))
         self._jobs.clear()
         if self._stream is not None:
             with contextlib.suppress(TimeoutError):

@@ -21,6 +21,8 @@ from fastserve.kv_offload.service import KvOffload
 from fastserve.kv_offload.settings import Settings, parse_size
 from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
 
+_POLL_S = 0.05
+
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Serve until `stop` is set."""
@@ -53,6 +55,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await server.set_serving(True)
         announce_ready(settings, **info)
         await _until(stop, collector)
+        await _outlive(owners, settings.shutdown_timeout)
 
 
 def _peer_server(owners: Owners, auth: PeerAuth, metrics: Metrics) -> GrpcServer:
@@ -67,6 +70,14 @@ async def _collect(owners: Owners, lease: float) -> None:
     while True:
         await asyncio.sleep(lease / 4)
         await owners.collect()
+
+
+async def _outlive(owners: Owners, timeout: float) -> None:
+    """Workers that were told to stop with us move their jobs first, for which they need us."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            while owners.in_use:  # noqa: ASYNC110  # once, at the end
+                await asyncio.sleep(_POLL_S)
 
 
 async def _until(stop: asyncio.Event, collector: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ where nobody looks.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fastserve.kv_offload.settings import Settings, parse_size
 from fastserve.kv_offload.tiers import Tiers
 
 log = structlog.get_logger(__name__)
+_ALIVE_S = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Owner:
     epoch: int
     worker_epoch: int
     seen: float
+    renewed: float = -math.inf  # the last Renew, which a process that lives sends every second
 
 
 class Owners:
@@ -137,6 +140,20 @@ class Owners:
     def touch(self, owner: Owner) -> None:
         """The owner has been heard of."""
         owner.seen = self._clock()
+
+    def renew(self, owner: Owner) -> None:
+        """Its process lives."""
+        owner.renewed = self._clock()
+
+    def detach(self, owner: Owner) -> None:
+        """Its process is about to end; its blocks stay."""
+        owner.renewed = -math.inf
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the process of any owner lives, as far as anybody can tell."""
+        now = self._clock()
+        return any(now - owner.renewed < _ALIVE_S for owner in self)
 
     def named(self, worker_id: str) -> Owner:
         """The owner of that name. Raises `NotHere`."""

@@ -60,7 +60,14 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
 
     @refusing
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
-        return pb.RenewResponse(free_blocks=self._owner(request).tiers.table.room)
+        owner = self._owner(request)
+        self._owners.renew(owner)
+        return pb.RenewResponse(free_blocks=owner.tiers.table.room)
+
+    @refusing
+    async def Detach(self, request: pb.DetachRequest, context: Context) -> pb.DetachResponse:
+        self._owners.detach(self._owner(request))
+        return pb.DetachResponse()
 
     @refusing
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:

@@ -40,6 +40,7 @@ from fastserve.scheduler.worker_link import WorkerLink
 log = structlog.get_logger(__name__)
 
 _TICK_S: Final = 0.05
+_PATIENCE: Final = 10.0  # an iteration may take so many times what was expected of it
 # What changes the place or the state that Redis holds.
 _MOVES: Final = frozenset(
     {EventKind.STARTED, EventKind.PREEMPTED, EventKind.DEMOTED, EventKind.PROMOTED}
@@ -59,6 +60,7 @@ class Engine:
         traces: JobTraces,
         *,
         epoch: int,
+        worker_timeout: float,
         workers_changed: Callable[[], None],
     ) -> None:
         self._core = core
@@ -68,10 +70,12 @@ class Engine:
         self._metrics = metrics
         self._traces = traces
         self._epoch = epoch
+        self._worker_timeout = worker_timeout
         self._workers_changed = workers_changed
         self._links: dict[str, WorkerLink] = {}  # connected, by worker id
         self._changed = asyncio.Event()
         self.draining = False
+        self.ticks = 0  # of `tick`
 
     @property
     def links(self) -> list[WorkerLink]:
@@ -138,7 +142,8 @@ class Engine:
             model = other_link.described.model if other_link.described else ""
             if model != described.model:
                 raise ProtocolError(f"serves {described.model}, the others {model}")
-        unknown = self._core.add_worker(info, inventory, self._clock.now())
+        now = self._clock.now()
+        unknown = self._core.add_worker(info, inventory, now, draining=described.draining)
         if unknown:
             log.info("worker holds jobs that are over", worker=info.worker_id, jobs=len(unknown))
         self._links[info.worker_id] = link
@@ -169,6 +174,7 @@ class Engine:
         assert link.stream is not None
         now = self._clock.now()
         decoded = link.stream.decode(report)
+        self._follow_drain(link, report.draining, now)
         progress = self._core.on_report(link.worker_id, decoded, now)
         self._plan(link, now)
         self._absorb(progress, wire.logprobs_of(report), now)
@@ -178,6 +184,43 @@ class Engine:
         if decoded.stalled:
             log.error("worker had no block for rows", worker=link.worker_id, jobs=decoded.stalled)
         self._settle()
+
+    def _follow_drain(self, link: WorkerLink, draining: bool, now: float) -> None:
+        """The worker says that it is to leave, or no more; unless it has yet to hear an order."""
+        if link.drain_order is not None:
+            if draining is not link.drain_order:
+                return
+            link.drain_order = None
+        if draining is not self._core.draining(link.worker_id):
+            self._drain(link, draining, now)
+
+    def _drain(self, link: WorkerLink, draining: bool, now: float) -> None:
+        jobs, running = self._core.jobs_of(link.worker_id)
+        log.info(
+            "worker drains" if draining else "worker takes jobs again",
+            worker=link.worker_id,
+            jobs=jobs,
+            running=running,
+            others=self.takers,
+        )
+        self._core.drain(link.worker_id, draining, now)
+        self._workers_changed()
+        self._changed.set()
+
+    @property
+    def takers(self) -> int:
+        """Connected workers that take new jobs."""
+        return sum(not self._core.draining(worker_id) for worker_id in self._links)
+
+    def order_drain(self, worker_id: str, draining: bool) -> int:
+        """An operator wants a worker drained, or no more; jobs that it still has.
+
+        The worker notes it, so that the next leader knows. Raises KeyError if it is not connected.
+        """
+        link = self._links[worker_id]
+        link.drain_order = draining
+        self._drain(link, draining, self._clock.now())
+        return self._core.jobs_of(worker_id)[0]
 
     def _absorb(self, progress: Progress, logprobs: dict[int, TokenLogprobs], now: float) -> None:
         for job_id, index, _, position in progress.tokens:
@@ -210,6 +253,7 @@ class Engine:
         """Deadlines, graces, and whatever the core does as time goes by, until cancelled."""
         while True:
             await asyncio.sleep(_TICK_S)
+            self.ticks += 1
             now = self._clock.now()
             for finished in self._core.expire(now):
                 self._end_job(finished.job_id, finished.reason, finished.error, now)
@@ -217,7 +261,20 @@ class Engine:
                 log.info("no gateway came for the job: cancelled", job=record.job_id)
                 self.cancel(record)
             self._jobs.forget_ended(now)
+            self._core.balance(now)
+            self._cut_silent(now)
             self._changed.set()
+
+    def _cut_silent(self, now: float) -> None:
+        """A worker that hangs keeps its connection: end it, so that its jobs go elsewhere."""
+        for link in self._links.values():
+            patience_s = self._core.patience_s(link.worker_id)
+            if patience_s is None:
+                link.last_heard = now  # it owes nothing
+                continue
+            silent = now - link.last_heard
+            if silent > self._worker_timeout + _PATIENCE * patience_s:
+                link.cut("silent", f"{link.worker_id} has work and said nothing for {silent:.1f} s")
 
     # Consequences
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -27,18 +28,23 @@ from fastserve.scheduler.engine import Engine
 from fastserve.scheduler.gateway_hub import GatewayHub
 from fastserve.scheduler.jobs import End, JobRecord, JobTable
 from fastserve.scheduler.lease import Term
+from fastserve.scheduler.links import Links
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.snapshot import snapshot
 from fastserve.scheduler.store import Store
 from fastserve.scheduler.store_errors import FencedError
 from fastserve.scheduler.stored import StoredJob
+from fastserve.scheduler.surroundings import Surroundings
 from fastserve.scheduler.tracing import JobTraces
 from fastserve.scheduler.worker_link import WorkerLink
 
 log = structlog.get_logger(__name__)
 
 _GAUGES_S: Final = 0.5
+_PRICE_S: Final = 1.0
+_FIRST_WORKER_S: Final = 0.5
+_POLL_S: Final = 0.005
 
 
 class Leader:
@@ -51,6 +57,7 @@ class Leader:
         term: Term,
         clock: Clock,
         metrics: Metrics,
+        around: Surroundings,
         tls: Tls | None = None,
     ) -> None:
         self._settings = settings
@@ -79,13 +86,17 @@ class Leader:
             metrics,
             self._traces,
             epoch=term.epoch,
+            worker_timeout=settings.worker_timeout,
             workers_changed=self._workers_changed,
         )
         self.hub = GatewayHub(self.engine, self.jobs, clock, settings.shard, term.epoch)
-        self.links = [
-            WorkerLink(address, settings.shard, term.epoch, self.engine, clock, metrics, tls)
-            for address in settings.workers
-        ]
+        self._costs = around.costs
+        self.links = Links(
+            around.discovery,
+            lambda endpoint: WorkerLink(
+                endpoint, settings.shard, term.epoch, self.engine, clock, metrics, tls
+            ),
+        )
 
     async def restore(self) -> None:
         """Take over the jobs that Redis holds. Raises `StoreError`s."""
@@ -158,8 +169,11 @@ class Leader:
             self._traces.begin(record, now, restored=True)
             self.journal.mark(record, placed=True)  # places are counted anew
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop`. Raises `FencedError` when another leader took over."""
+    async def run(self, stop: asyncio.Event, opened: Callable[[], Awaitable[None]]) -> None:
+        """Serve until `stop`. Raises `FencedError` when another leader took over.
+
+        `opened` is called when gateways are welcome: when there is a worker, or soon.
+        """
         self._durability_changed(True)
         fenced: FencedError | None = None
         try:
@@ -171,31 +185,52 @@ class Leader:
                     group.create_task(self.engine.tick()),
                     group.create_task(self.hub.watch()),
                     group.create_task(self._gauge()),
+                    group.create_task(self._price()),
                 ]
-                running = [group.create_task(link.run()) for link in self.links]
+                linking = group.create_task(self.links.run())
+                await self._first_worker(stop)
+                await opened()
                 await stop.wait()
-                await self._resign(running)
+                await self._resign(linking)
                 for task in [writing, *others]:
                     task.cancel()
         except* FencedError as group_error:
-            fenced = FencedError(str(group_error.exceptions[0]))
+            cause: BaseException = group_error
+            while isinstance(cause, BaseExceptionGroup):
+                cause = cause.exceptions[0]
+            fenced = FencedError(str(cause))
         finally:
             self.hub.close()
             self._traces.close(self._clock.now())
         if fenced is not None:
             raise fenced
 
-    async def _resign(self, links: list[asyncio.Task[None]]) -> None:
+    async def _first_worker(self, stop: asyncio.Event) -> None:
+        """Jobs that came before it would be refused."""
+        deadline = self._clock.now() + _FIRST_WORKER_S
+        while not (self.engine.links or stop.is_set()):  # once, at the start
+            if self._clock.now() > deadline:
+                return
+            await asyncio.sleep(_POLL_S)
+
+    async def _resign(self, linking: asyncio.Task[None]) -> None:
         """Jobs are not waited for: they go on under the next leader from what is written."""
         self.engine.draining = True
-        for task in links:
-            task.cancel()
-        await asyncio.wait(links)
+        linking.cancel()
+        await asyncio.wait({linking})
         try:
             async with asyncio.timeout(self._settings.shutdown_timeout):
                 await self.journal.flush()
         except TimeoutError:
             log.error("redis is away: what was not written is lost", jobs=len(self.jobs))
+
+    async def _price(self) -> None:
+        """Tell what deleting the pods of workers would cost, until cancelled."""
+        while self._costs is not None:
+            await asyncio.sleep(_PRICE_S)
+            pods = {link.pod: link.worker_id for link in self.engine.links if link.pod}
+            costs = {pod: self.core.moving_cost(worker) for pod, worker in pods.items()}
+            await self._costs.update(costs, self._clock.now())
 
     async def _gauge(self) -> None:
         """Set the gauges and tell gateways the load from time to time, until cancelled."""
@@ -212,13 +247,24 @@ class Leader:
                 {worker: self.core.cost_model(worker) for worker in workers},
                 {worker: self.core.queued_work_s(worker) for worker in workers},
             )
+            self._metrics.set_groups(
+                {
+                    link.worker_id: self.core.jobs_of(link.worker_id)[0]
+                    for link in self.engine.links
+                },
+                len(self.engine.links) - self.engine.takers,
+            )
             self._metrics.gateways.set(self.hub.sessions)
             self.hub.announce(always=True, live_jobs=len(jobs))
             await asyncio.sleep(_GAUGES_S)
 
     def _workers_changed(self) -> None:
         """Model and limits stay as they were while no worker is connected."""
-        workers = [link.described for link in self.engine.links if link.described is not None]
+        workers = [
+            link.described
+            for link in self.engine.links
+            if link.described is not None and not self.core.draining(link.worker_id)
+        ]
         if not workers:
             self.hub.announce(ready=False)
             return

@@ -96,6 +96,14 @@ class Metrics:
         self.durable = gauge("fastserve_durable", "1 if what gateways have seen is in Redis")
         self.leader = gauge("fastserve_leader", "1 if this process leads the shard")
         self.workers = gauge("fastserve_workers_connected", "Workers with an open stream")
+        self.worker_faults = counter(
+            "fastserve_worker_faults", "Streams to workers that broke, by what went wrong", "kind"
+        )
+        self.draining = gauge("fastserve_workers_draining", "Connected workers that are to leave")
+        self.group_jobs = gauge("fastserve_group_jobs", "Jobs placed at a worker group", "worker")
+        self.migrations = counter(
+            "fastserve_migrations", "Jobs that went to another worker group", "cause"
+        )
         self.gateways = gauge("fastserve_gateways_connected", "Gateways with an open stream")
         self.running = gauge(
             "vllm:num_requests_running", "Jobs in the batch", "model_name", "engine"
@@ -112,6 +120,8 @@ class Metrics:
                 self.preemptions.labels(*rest.split(".")).inc(more)
             elif kind == "promotions":
                 self.promotions.inc(more)
+            elif kind == "migrations":
+                self.migrations.labels(rest).inc(more)
             elif kind == "tokens":
                 self.moved_tokens.labels(rest).inc(more)
 
@@ -127,6 +137,13 @@ class Metrics:
             self.cost_error.labels(worker).set(cost.error)
             self.decode_time.labels(worker).set(cost.decode_s)
             self.prefill_rate.labels(worker).set(cost.prefill_tokens_per_s)
+
+    def set_groups(self, jobs: Mapping[str, int], draining: int) -> None:
+        """Jobs by connected worker, and how many of these are draining."""
+        self.group_jobs.clear()
+        for worker, count in jobs.items():
+            self.group_jobs.labels(worker).set(count)
+        self.draining.set(draining)
 
     def restart(self) -> None:
         """A new leader counts from 0 again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ from fastserve.scheduler.metrics import Metrics, NamesShard
 from fastserve.scheduler.settings import SchedulerSettings
 from fastserve.scheduler.store import Store
 from fastserve.scheduler.store_errors import FencedError, StoreError
+from fastserve.scheduler.surroundings import surroundings
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +53,21 @@ class Servicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> scheduler_pb2.SnapshotResponse:
         leader = await self._leader(context)
         return leader.snapshot(include_jobs=request.include_jobs)
+
+    async def Drain(
+        self,
+        request: scheduler_pb2.DrainRequest,
+        context: aio.ServicerContext[Any, Any],
+    ) -> scheduler_pb2.DrainResponse:
+        leader = await self._leader(context)
+        engine = leader.engine
+        try:
+            jobs = engine.order_drain(request.worker_id, not request.undo)
+        except KeyError:
+            known = ", ".join(sorted(link.worker_id for link in engine.links)) or "none"
+            text = f"no worker {request.worker_id!r} is connected (there are: {known})"
+            await context.abort(grpc.StatusCode.NOT_FOUND, text)
+        return scheduler_pb2.DrainResponse(jobs=jobs, others=engine.takers)
 
     async def _leader(self, context: aio.ServicerContext[Any, Any]) -> Leader:
         if self.leader is None:
@@ -125,13 +142,19 @@ class Service:
             await self._store.close()
 
     async def _lead(self, term: Term, stop: asyncio.Event) -> None:
-        leader = Leader(self.settings, self._store, term, self._clock, self._metrics, self._tls)
         try:
-            await leader.restore()
-            self._servicer.leader = leader
-            await self._server.set_serving(True)
-            self._metrics.leader.set(1)
-            await leader.run(stop)
+            async with surroundings(self.settings) as around:
+                leader = Leader(
+                    self.settings,
+                    self._store,
+                    term,
+                    self._clock,
+                    self._metrics,
+                    around,
+                    self._tls,
+                )
+                await leader.restore()
+                await leader.run(stop, partial(self._open, leader))
         except FencedError as error:
             log.warning("another scheduler leads: stepping down", reason=str(error))
         except StoreError as error:
@@ -144,6 +167,12 @@ class Service:
             await self._store.release(term.epoch)
         except StoreError as error:
             log.warning("lease not released: it will expire", reason=str(error))
+
+    async def _open(self, leader: Leader) -> None:
+        """Let gateways in."""
+        self._servicer.leader = leader
+        await self._server.set_serving(True)
+        self._metrics.leader.set(1)
 
 
 async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:

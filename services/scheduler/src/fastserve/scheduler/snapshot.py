@@ -57,6 +57,8 @@ def _worker(core: Scheduler, link: WorkerLink) -> scheduler_pb2.WorkerState:
         state.host_blocks = described.host_blocks
         state.free_host_blocks = link.free_host_blocks
         state.block_size = described.block_size
+        state.draining = core.draining(described.worker_id)
+        state.jobs, state.running = core.jobs_of(described.worker_id)
         cost = core.cost_model(described.worker_id)
         state.cost_model_error = cost.error
         state.decode_s = cost.decode_s
@@ -75,5 +77,4 @@ def _job(job: Job, now: float) -> scheduler_pb2.JobState:
         output_tokens=len(job.output),
         preemptions=job.preemptions,
         age_s=now - job.spec.arrival,
-        worker_id=job.worker_id or "",
     )

@@ -37,6 +37,7 @@ _EVENTS: Final = {
     EventKind.DROPPED: "dropped",
     EventKind.DEMOTED: "demoted",
     EventKind.PROMOTED: "promoted",
+    EventKind.MIGRATED: "migrated",
 }
 
 

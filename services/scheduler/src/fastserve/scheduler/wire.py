@@ -118,6 +118,7 @@ class StreamCodec:
         wire.plan_id = plan.plan_id + RESET_PLAN_ID
         wire.scheduler_epoch = self._epoch
         wire.lease = plan.lease
+        wire.may_leave = plan.may_leave
         for row in plan.rows:
             wire.row_handles.append(self._handle(row.job.spec.job_id, wire))
             wire.row_tokens.append(row.tokens)

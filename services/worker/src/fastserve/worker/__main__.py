@@ -34,6 +34,7 @@ from fastserve.worker.settings import Settings
 from fastserve.worker.staging import KvStaging, SidecarLost
 
 log = structlog.get_logger(__name__)
+_LAST_REPORTS_S = 0.5
 _TOKENS_PER_SEQUENCE = 1024  # what --kv-blocks defaults to provide for, on a CPU
 
 
@@ -152,7 +153,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await server.set_serving(True)
         announce_ready(settings, **info)
         await _until(stop, thread.failure)
-        await server.stop(settings.shutdown_timeout)
+        await server.set_serving(False)
+        if not await worker.leave(settings.shutdown_timeout):
+            log.warning("leaving before all jobs were taken away", advice="--shutdown-timeout")
+        await server.stop(_LAST_REPORTS_S)
     finally:
         await thread.stop()
         if staging is not None:

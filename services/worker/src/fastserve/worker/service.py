@@ -20,6 +20,7 @@ from fastserve.worker.tracing import IterationTracer
 from fastserve.worker.wire import BadPlan, plan_from, report_from
 
 log = structlog.get_logger(__name__)
+_POLL_S = 0.05
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -44,6 +45,37 @@ class Worker(pb_grpc.WorkerServiceServicer):
         self._shard: str | None = None  # of the first scheduler; epochs of others mean nothing
         self._newest: object = None  # the stream that opened last
         self._turn = asyncio.Lock()
+        self._plan_id = 0  # of the last report
+        self._may_leave = asyncio.Event()  # all our jobs have been taken away
+
+    def drain(self, draining: bool) -> None:
+        """Ask the scheduler to take our jobs away and to send no new ones, or end that."""
+        if draining is self._description.draining:
+            return
+        self._description.draining = draining
+        self._may_leave.clear()
+        log.info("draining" if draining else "taking jobs again")
+        self.report(Iteration(self._plan_id))
+
+    async def leave(self, timeout: float) -> bool:
+        """Drain, and wait until we are not needed any more; False if that took too long.
+
+        Without a scheduler whoever is next may still want what is on the device.
+        """
+        self.drain(True)
+        try:
+            async with asyncio.timeout(timeout):
+                while self._outgoing is None and not self._idle:  # noqa: ASYNC110  # a few times
+                    await asyncio.sleep(_POLL_S)
+                if self._outgoing is not None:
+                    await self._may_leave.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @property
+    def _idle(self) -> bool:
+        return self._engine.pool.free == self._description.device_blocks
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
         return self._description
@@ -82,7 +114,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
                 await context.abort(
                     grpc.StatusCode.FAILED_PRECONDITION, "a newer stream was opened"
                 )
-            self._outgoing = outgoing
+            self._outgoing, self._plan_id = outgoing, plan.plan_id
             outgoing.put_nowait(inventory)
             reader = asyncio.create_task(self._read(request_iterator, outgoing, plan))
             try:
@@ -115,6 +147,10 @@ class Worker(pb_grpc.WorkerServiceServicer):
                         f"epoch {reset.scheduler_epoch}"
                     )
                 last = request.plan.plan_id
+                if request.plan.HasField("drain"):
+                    self.drain(request.plan.drain)
+                if request.plan.may_leave:
+                    self._may_leave.set()
                 plan = plan_from(request.plan)
                 self._thread.post(lambda engine, plan=plan: engine.apply(plan))  # type: ignore[misc]
         finally:
@@ -150,7 +186,8 @@ class Worker(pb_grpc.WorkerServiceServicer):
         free = self._engine.pool.free
         self._metrics.observe(iteration, free)
         self._tracer.observe(iteration)
+        self._plan_id = iteration.plan_id
         if self._outgoing is not None:
-            self._outgoing.put_nowait(
-                report_from(iteration, self._description.epoch, free, self._free_host)
-            )
+            report = report_from(iteration, self._description.epoch, free, self._free_host)
+            report.draining = self._description.draining
+            self._outgoing.put_nowait(report)

@@ -82,6 +82,7 @@ async def respond(request: Request, body: GenerationBody, endpoint: Endpoint) ->
         if error is not None:
             note_error(request.scope, error)
 
+    accepted.generation.may_resume()
     options = body.stream_options
     settings = StreamSettings(
         ping_interval=gateway.settings.ping_interval,

@@ -21,6 +21,7 @@ _SURPRISE: Final = 3.0  # a sample counts at most so many times what was expecte
 _KNOWN: Final = 0.002  # a smaller relative error teaches nothing
 _WINDOW: Final = 63  # decode iterations whose median is taken
 _NEWEST: Final = 0.05  # share of the newest iteration in the mean error
+_PROVEN: Final = 64  # iterations after which the model says something about other batches
 _N: Final = 5
 
 
@@ -79,6 +80,7 @@ class CostModel:
         self.error = 0.0  # running mean of |predicted - measured| / measured
         self.samples = 0  # iterations that it was compared with
         self._context = float(decode.context_tokens) / decode.rows  # running mean of a decode's
+        self._rows = float(decode.rows)  # likewise, rows of an iteration without prefill
 
     def seconds(self, work: Work) -> float:
         """Expected of an iteration. Never negative; no part of the work makes it shorter."""
@@ -109,6 +111,19 @@ class CostModel:
         per_row = max(rows, 0.0) / _ROWS + max(context, 0.0) * self._context / _CONTEXT
         return max(base, 0.0) * (1.0 / share - 1.0) / per_row if per_row > 0 else math.inf
 
+    def decode(self, rows: int) -> float:
+        """Seconds of an iteration with so many decodes of the usual context: what those of late
+        took, times what the model says that the difference in rows makes, once it is proven."""
+        if self.samples < _PROVEN:
+            return self.decode_s
+        usual = self._of_rows(self._rows)
+        return self.decode_s * self._of_rows(rows) / usual if usual > 0 else self.decode_s
+
+    def _of_rows(self, rows: float) -> float:
+        base, _, _, per_row, context = self._weights
+        each = max(per_row, 0.0) / _ROWS + max(context, 0.0) * self._context / _CONTEXT
+        return max(base, 0.0) + rows * each
+
     def prefill(self, tokens: int, budget: int) -> float:
         """Seconds that a prompt of `tokens` takes alone, `budget` tokens per iteration."""
         return sum(
@@ -128,6 +143,7 @@ class CostModel:
             self._context += _NEWEST * (work.context / work.rows - self._context)
         if not work.prefill_tokens:
             self._decode(seconds)
+            self._rows += _NEWEST * (work.rows - self._rows)
         relative = abs(self.seconds(work) - seconds) / seconds
         self.error += _NEWEST * (min(relative, 10.0) - self.error)
         self.samples += 1

@@ -46,7 +46,7 @@ def _by_work(group: Group, head: Sequence[Job]) -> dict[Job, float]:
         work = 0.0
         for job in head:
             times[job] = 0.0 if job.state is running else work / rows
-            work += max(group.mean_service_s - job.attained, group.cost.decode_s)
+            work += max(group.policy.mean_service_s - job.attained, group.cost.decode_s)
         return times
     # ends[k]: the service that takes a new job through the levels before k.
     ends = list(accumulate(quanta, initial=0.0))

@@ -12,6 +12,7 @@ from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.policies import Policy, policy_named
 from fastserve.scheduler.core.transfers import Newcomers, Pace, Transfers
 from fastserve.scheduler.core.types import (
+    Inventory,
     JobState,
     KvOpKind,
     KvState,
@@ -22,9 +23,6 @@ from fastserve.scheduler.core.types import (
 
 _ON_DEVICE = frozenset({KvState.DEVICE, KvState.OFFLOADING, KvState.UPLOADING})
 _FROM_HOST = frozenset({KvState.HOST, KvState.UPLOADING})
-# Decode iterations of a job before any was seen to end, and the newest one's share in the mean.
-_FIRST_GUESS = 256
-_NEWEST = 0.01
 
 
 @dataclass(slots=True)
@@ -48,7 +46,7 @@ class Leftover:
 
 @dataclass(slots=True)
 class Operation:
-    """A KV operation under way. `job` None: a release, of `leftover`."""
+    """A KV operation under way. `job` None: it is elsewhere now, or this releases `leftover`."""
 
     kind: KvOpKind
     job: Job | None
@@ -90,7 +88,11 @@ class Group:
     inward: Transfers = field(default_factory=Transfers)
     pace: Pace = field(default_factory=Pace)
     newcomers: Newcomers = field(default_factory=Newcomers)
-    mean_service_s: float = field(init=False)  # of jobs that ended
+    draining: bool = False  # takes no new jobs, and gives away those that it has
+    dismissed: bool = False  # it may leave
+    restate: bool = False  # a plan is due, whatever goes on
+    came: dict[Job, float] = field(default_factory=dict)
+    #   when jobs that ran elsewhere came here to go on, until they do
     planned_at: float = 0.0  # the last plan was made then
     held_up: int = 0  # jobs among the first of the order, since then, that wait for a copy
     kv_wait_s: float = 0.0  # seconds of such waits, all jobs together
@@ -106,7 +108,6 @@ class Group:
             budget=self.max_tokens,
             place=self.next_place,
         )
-        self.mean_service_s = _FIRST_GUESS * self.cost.decode_s
         self.queue = FairQueue(
             self.policy.key,
             fair=config.fair_sharing and self.policy.fair,
@@ -143,16 +144,18 @@ class Group:
         self.jobs[job.job_id] = job
         self.waiting[job] = None
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: Job, *, over: bool) -> None:
         """It is over, or goes elsewhere."""
         self.queue.remove(job)
         del self.jobs[job.job_id]
         self.policy.leave(job)
-        self.mean_service_s += _NEWEST * (job.attained - self.mean_service_s)
+        if over:
+            self.policy.ended(job)
         job.row = None  # which holds the job
         self.running -= job.state is JobState.RUNNING
         self.waiting.pop(job, None)
         self.resident.pop(job, None)
+        self.came.pop(job, None)
 
     def start(self, job: Job) -> None:
         """It has a row from now on."""
@@ -233,6 +236,15 @@ class Group:
         """Of them, those that are full and will not change any more."""
         return job.computed // self.info.block_size - job.host_tokens // self.info.block_size
 
+    def blocks_held(self, inventory: Inventory) -> int:
+        """Device blocks of all jobs of an inventory."""
+        return sum(self.blocks(tokens) for tokens in inventory.device_tokens.values())
+
+    @property
+    def busy(self) -> bool:
+        """It has jobs, or something of former ones."""
+        return bool(self.jobs or self.ops or self.to_release)
+
     # --- plans -------------------------------------------------------------------------------
 
     def clock(self, now: float) -> None:
@@ -302,5 +314,5 @@ class Group:
         if self.plans and plan.jobs <= self.plans[0].jobs:
             return
         for job, _ in plan.rows:
-            if job.last_plan == plan.plan_id and job.live:
+            if job.last_plan == plan.plan_id and self.jobs.get(job.job_id) is job:
                 self.book(job)

@@ -34,6 +34,7 @@ class Job:
         "level",
         "limit",
         "max_len",
+        "moved_len",
         "named",
         "newcomer",
         "op",
@@ -62,6 +63,8 @@ class Job:
         self.worker_id: str | None = None  # the worker group it belongs to
 
         self.lane: Lane  # of its tenant in its group; set while it has one
+
+        self.moved_len = 0  # known_len when it last went to another group
 
         # Policy.
         self.key: tuple[float, ...] = ()  # where it stands in its queue

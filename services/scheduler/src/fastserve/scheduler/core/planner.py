@@ -55,11 +55,13 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
             group.start(job)
             tell(job, EventKind.STARTED, now)
     group.left = (len(group.waiting), group.running)
-    if not draft.ops and _goes_on(group, draft.rows):
+    if not draft.ops and not group.restate and _goes_on(group, draft.rows):
         return None
+    group.restate = False
     kv_planner.write_through(draft)
     lease = group.config.lease
-    return Plan(group.send(lease, draft.rows, draft.chosen), lease, draft.rows, draft.ops)
+    plan_id = group.send(lease, draft.rows, draft.chosen)
+    return Plan(plan_id, lease, draft.rows, draft.ops, may_leave=group.dismissed)
 
 
 def _head(group: Group) -> list[Job]:
@@ -176,6 +178,8 @@ def _stop_others(draft: Draft, now: float, tell: Tell, counters: Counter[str]) -
         return
     for job, _ in group.plans[-1].rows:
         if job in chosen or job.state is not JobState.RUNNING:
+            continue
+        if group.jobs.get(job.job_id) is not job:  # it has a row elsewhere
             continue
         mode = draft.evicted.get(job, PreemptMode.RESIDENT)
         if job in draft.starved or mode is not PreemptMode.RESIDENT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -43,6 +44,7 @@ class ReportReader:
         for op_id, times in Counter(done.op_id for done in report.ops).items():
             if op_id not in group.ops or times > 1:
                 raise ProtocolError(f"KV operation {op_id} was never sent, or ended twice")
+        _check_sense(group, report)
         group.iteration += bool(report.iteration)
         group.reached(report.plan_id, bool(report.iteration))
         progress = Progress([], [])
@@ -145,8 +147,7 @@ class ReportReader:
                 came_back.op = None
             return
         job = op.job
-        assert job is not None
-        if not job.live:
+        if job is None or not job.live:
             leftover = group.to_release.get(op.job_id)
             if leftover is not None:
                 leftover.busy = False
@@ -208,6 +209,24 @@ class ReportReader:
     def _count(self, kind: KvOpKind, tokens: int, done: OpDone) -> None:
         self._counters[f"tokens.{kind}"] += tokens
         self._counters[f"bytes.{kind}"] += done.bytes
+
+
+def _check_sense(group: Group, report: Report) -> None:
+    """Raises `ProtocolError` for numbers that no worker can have measured."""
+    if not 0 <= report.seconds < math.inf:
+        raise ProtocolError(f"an iteration of {report.seconds} s")
+    find, most = group.jobs.get, group.max_tokens
+    for job_id, new_tokens, computed in report.rows:
+        job = find(job_id)
+        if job is not None and (computed > job.max_len or new_tokens > min(computed, most)):
+            raise ProtocolError(
+                f"a row of {new_tokens} tokens and {computed} in all for job {job_id}, which may "
+                f"have {job.max_len}"
+            )
+    for done in report.ops:
+        op = group.ops[done.op_id]
+        if op.job is not None and done.tokens > op.job.max_len:
+            raise ProtocolError(f"KV operation {done.op_id} moved {done.tokens} tokens of a job")
 
 
 class _Share:

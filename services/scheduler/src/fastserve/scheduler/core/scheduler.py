@@ -14,6 +14,7 @@ from fastserve.scheduler.core.deadlines import Deadlines, least_seconds
 from fastserve.scheduler.core.errors import IntegrityError, ProtocolError
 from fastserve.scheduler.core.group import Group, Leftover
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.moves import Moves, forget_kv
 from fastserve.scheduler.core.planner import make_plan
 from fastserve.scheduler.core.policies import policy_named
 from fastserve.scheduler.core.reports import ReportReader
@@ -25,9 +26,9 @@ from fastserve.scheduler.core.types import (
     Inventory,
     JobSpec,
     JobState,
-    KvOpKind,
     KvState,
     Plan,
+    PreemptReason,
     Progress,
     Rejection,
     RejectReason,
@@ -64,29 +65,48 @@ class Scheduler:
         self._places = itertools.count()
         self._finish_gap_s = 0.0  # average time between two ends
         self._last_finish: float | None = None
+        self._moves = Moves(self._groups, self._tell, self.counters)
         self._reader = ReportReader(self._end, self._tell, self.counters)
 
     # --- workers -----------------------------------------------------------------------------
 
-    def add_worker(self, info: WorkerInfo, inventory: Inventory, now: float) -> list[str]:
-        """A worker whose stream has just opened. Jobs without a group may go to it.
+    def add_worker(
+        self, info: WorkerInfo, inventory: Inventory, now: float, *, draining: bool = False
+    ) -> list[str]:
+        """A worker whose stream has just opened. Jobs without a group may go to it, and jobs of
+        other groups of which it has more than they.
 
+        draining: it takes no new jobs; those without a group that it holds go on there.
         Returns the jobs of its inventory that are over or elsewhere; they are released. Raises
         `ProtocolError` if it is there already, or holds more than it has.
         """
         if info.worker_id in self._groups:
             raise ProtocolError(f"worker {info.worker_id} is connected already")
+        device, host = inventory.device_tokens, inventory.host_tokens
         group = Group(info, self.config, lambda: next(self._places), planned_at=now)
+        if group.blocks_held(inventory) > info.device_blocks:
+            raise ProtocolError(f"worker {info.worker_id} holds more blocks than it has")
+        group.draining = draining
         self._groups[info.worker_id] = group
         for job in list(self._homeless):
-            if group.fits(job.max_len):
+            wanted = not draining or job.job_id in device or job.job_id in host
+            if wanted and group.fits(job.max_len):
                 del self._homeless[job]
-                self._settle(group, job, now)
+                self._moves.settle(group, job, now)
+        for job_id in dict.fromkeys([*device, *host]):
+            self._claim(group, job_id, max(device.get(job_id, 0), host.get(job_id, 0)), now)
         unknown = self._take_stock(group, inventory)
-        if group.free < 0:
-            del self._groups[info.worker_id]
-            raise ProtocolError(f"worker {info.worker_id} holds more blocks than it has")
+        self._moves.balance(now)
         return unknown
+
+    def _claim(self, group: Group, job_id: str, tokens: int, now: float) -> None:
+        """A job that went on elsewhere, or has yet to, comes back to where more of it is."""
+        job = self._jobs.get(job_id)
+        there = None if job is None else self._group_of(job)
+        if job is None or there is None or there is group or group.draining:
+            return
+        if tokens - max(job.computed, job.host_tokens) > group.info.block_size:
+            self._moves.move(job, there, group, PreemptReason.BALANCE, now)
 
     def _take_stock(self, group: Group, inventory: Inventory) -> list[str]:
         """Book what the worker holds, then what its jobs need beyond."""
@@ -127,35 +147,54 @@ class Scheduler:
         group = self._groups.pop(worker_id)
         for job in list(group.queue):
             was_running = job.state is JobState.RUNNING
-            group.remove(job)
+            group.remove(job, over=False)
             if was_running:
                 job.state = JobState.PREEMPTED
                 job.preemptions += 1
                 self.counters["preemptions.worker_lost.recompute"] += 1
                 self._tell(job, EventKind.PREEMPTED, now)
-            job.kv = KvState.DROPPED if job.peak else KvState.NONE
-            job.computed = job.host_tokens = job.booked = job.host_booked = job.last_plan = 0
-            job.op, job.named = None, False
-            home = self._home(job.max_len)
+            forget_kv(job)
+            job.worker_id = None
+            home = self._moves.home(job)
             if home is None:
-                job.worker_id = None
                 self._homeless[job] = None
             else:
-                self._settle(home, job, now)
+                self.counters["migrations.worker_lost"] += 1
+                self._moves.settle(home, job, now)
 
-    def _home(self, total_tokens: int) -> Group | None:
-        """The group with the fewest jobs that can run it."""
-        able = [group for group in self._groups.values() if group.fits(total_tokens)]
-        return min(able, key=lambda group: len(group.queue), default=None)
+    def drain(self, worker_id: str, draining: bool, now: float) -> None:
+        """Give the group no new jobs and let those that it has go to others, or end that.
+
+        Raises KeyError if it is not connected.
+        """
+        group = self._groups[worker_id]
+        group.draining, group.dismissed, group.restate = draining, False, True
+        self._moves.balance(now)
+
+    def draining(self, worker_id: str) -> bool:
+        """Raises KeyError if it is not connected."""
+        return self._groups[worker_id].draining
+
+    def balance(self, now: float) -> None:
+        """Let jobs go where they end sooner. To be called a few times a second."""
+        self._moves.balance(now)
+
+    def jobs_of(self, worker_id: str) -> tuple[int, int]:
+        """Jobs of a group, and how many of them have a row. Raises KeyError."""
+        group = self._groups[worker_id]
+        return len(group.jobs), group.running
+
+    def moving_cost(self, worker_id: str) -> int:
+        """Tokens of KV cache that would have to be copied or computed again if the group ended, and
+        one for each of its jobs; -1: it is draining, and nothing is lost. Raises KeyError."""
+        group = self._groups[worker_id]
+        if group.draining:
+            return -1
+        held = sum(max(job.computed, job.host_tokens) for job in group.jobs.values())
+        return held + len(group.jobs)
 
     def _group_of(self, job: Job) -> Group | None:
         return None if job.worker_id is None else self._groups.get(job.worker_id)
-
-    def _settle(self, group: Group, job: Job, now: float) -> None:
-        job.wait_since = now
-        if group.holds(job.job_id):  # it was here before, and is just being released
-            job.op = KvOpKind.RELEASE
-        group.add(job)
 
     # --- jobs --------------------------------------------------------------------------------
 
@@ -168,13 +207,18 @@ class Scheduler:
             return Rejection(RejectReason.ALREADY_EXISTS, f"job {job_id} exists")
         if not self._groups:
             return Rejection(RejectReason.NO_WORKER, "no worker is connected", 1)
-        total = len(spec.prompt) + spec.max_tokens
-        group = self._home(total)
+        if all(group.draining for group in self._groups.values()):
+            return Rejection(RejectReason.NO_WORKER, "all workers are about to leave", 1)
+        job = Job(spec, next(self._places), now)
+        group = self._moves.home(job)
         if group is None:
             most = max(self._longest(group) for group in self._groups.values())
+            if job.max_len <= most:
+                text = "the only worker that is large enough is about to leave"
+                return Rejection(RejectReason.NO_WORKER, text, 1)
             return Rejection(
                 RejectReason.TOO_LONG,
-                f"prompt and output may have {most} tokens together, not {total}",
+                f"prompt and output may have {most} tokens together, not {job.max_len}",
             )
         if spec.deadline is not None and now + least_seconds(group, spec) >= spec.deadline:
             return Rejection(RejectReason.DEADLINE, _TOO_LATE)
@@ -185,9 +229,9 @@ class Scheduler:
                 f"{waiting} jobs are waiting, which is the limit",
                 self._retry_after(),
             )
-        job = self._enter(spec, now)
+        self._jobs[job.job_id] = job
         group.policy.join(job)
-        self._settle(group, job, now)
+        self._moves.settle(group, job, now)
         self._deadlines.watch(job)
         self._tell(job, EventKind.QUEUED, now)
         return None
@@ -203,7 +247,7 @@ class Scheduler:
         now: float,
     ) -> None:
         """A live job of a former leader. Called in the order that they had in their levels."""
-        job = self._enter(spec, now)
+        job = self._jobs[spec.job_id] = Job(spec, next(self._places), now)
         job.output.extend(output)
         job.level = min(level, self.config.levels - 1)
         job.attained, job.preemptions = attained, preemptions
@@ -211,18 +255,13 @@ class Scheduler:
         if output:
             # Something of it may be with a worker; what, that worker will say.
             job.state, job.kv, job.peak = JobState.PREEMPTED, KvState.DROPPED, job.known_len - 1
-        group = self._home(job.max_len)
+        group = self._moves.home(job)
         if group is None:
             self._homeless[job] = None
         else:
-            self._settle(group, job, now)
+            self._moves.settle(group, job, now)
         self._deadlines.watch(job)
         self._tell(job, EventKind.QUEUED, now)
-
-    def _enter(self, spec: JobSpec, now: float) -> Job:
-        job = Job(spec, next(self._places), now)
-        self._jobs[spec.job_id] = job
-        return job
 
     def cancel(self, job_id: str, now: float) -> bool:
         """End a job. False if it is over or unknown."""
@@ -247,13 +286,9 @@ class Scheduler:
         if group is None:
             del self._homeless[job]
         else:
-            group.remove(job)
-            if job.named:
-                busy = job.op is not None
-                leftover = Leftover(job.booked, job.host_booked, busy)
-                group.to_release[job.job_id] = leftover
-            else:
-                group.device_used -= job.booked
+            self._moves.detach(group, job, over=True)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._moves.lengths.note(len(job.output))
         job.state = _END_STATES.get(reason, JobState.FINISHED)
         del self._jobs[job.job_id]
         if self._last_finish is not None:
@@ -278,7 +313,22 @@ class Scheduler:
 
     def plan(self, worker_id: str, now: float) -> Plan | None:
         """What the worker should do from now on; None: it may go on as it does."""
-        return make_plan(self._groups[worker_id], now, self._tell, self.counters)
+        group = self._groups[worker_id]
+        if group.draining and not group.dismissed and not group.busy:
+            group.dismissed = group.restate = True
+        return make_plan(group, now, self._tell, self.counters)
+
+    def patience_s(self, worker_id: str) -> float | None:
+        """Seconds that what the worker was told to do next may well take; None: nothing.
+
+        Raises KeyError if it is not connected.
+        """
+        group = self._groups[worker_id]
+        rows = any(plan.lease_left and plan.rows for plan in group.plans)
+        if not rows and not group.ops:
+            return None
+        rate = group.cost.prefill_tokens_per_s
+        return group.cost.decode_s + (group.max_tokens / rate if rate else 0.0)
 
     # --- looking in --------------------------------------------------------------------------
 

@@ -104,6 +104,8 @@ class PreemptReason(StrEnum):
     PRIORITY = auto()  # strictly better work came
     MEMORY = auto()  # no device blocks for it
     WORKER_LOST = auto()
+    DRAIN = auto()  # its worker group is to leave
+    BALANCE = auto()  # it ends sooner in another group
 
 
 class PreemptMode(StrEnum):
@@ -125,6 +127,7 @@ class EventKind(StrEnum):
     DEMOTED = auto()
     PROMOTED = auto()
     DROPPED = auto()  # KV given up, to be recomputed
+    MIGRATED = auto()  # went to another worker group
     FINISHED = auto()  # for whatever reason
 
 
@@ -305,6 +308,7 @@ class Plan:
     lease: int
     rows: list[PlanRow]
     ops: list[KvOperation]
+    may_leave: bool = False  # the group is draining, and nothing of it is needed any more
 
 
 class Event(NamedTuple):

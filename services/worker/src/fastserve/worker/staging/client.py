@@ -31,6 +31,7 @@ from fastserve.worker.staging.types import (
 
 log = structlog.get_logger(__name__)
 _TIMEOUT_S = 10.0
+_RENEW_S = 1.0  # by which the sidecar knows that this process lives
 _LOST = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS)
 Read: TypeAlias = "grpc.aio.StreamStreamCall[pb.ReadRequest, pb.ReadResponse]"
 T = TypeVar("T")
@@ -99,7 +100,9 @@ class KvStaging:
             self._verify = reply.verify
             if self._renewing is not None:
                 self._renewing.cancel()
-            self._renewing = asyncio.create_task(self._renew(reply.owner_lease_seconds / 4))
+            self._renewing = asyncio.create_task(
+                self._renew(min(reply.owner_lease_seconds / 4, _RENEW_S))
+            )
             log.info(
                 "attached to kv-offload",
                 address=self._address,
@@ -194,6 +197,9 @@ class KvStaging:
     async def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
+        if self._pool is not None:
+            with contextlib.suppress(StagingError):
+                await self._call(self._stub.Detach, pb.DetachRequest(**self._who()))
         self._pool = None
         await asyncio.to_thread(self._thread.shutdown, wait=True)
         await self._channel.close()
@@ -230,13 +236,12 @@ class KvStaging:
         return SidecarLost(f"{self._address}: {_reason(error)}")
 
     async def _renew(self, interval: float) -> None:
-        """Keep the lease of our blocks while we have nothing else to say."""
+        """Keep the lease of our blocks, and say that we live."""
         while self._pool is not None:
+            with contextlib.suppress(StagingError):
+                reply = await self._call(self._stub.Renew, pb.RenewRequest(**self._who()))
+                self.free_host_blocks = reply.free_blocks
             await asyncio.sleep(interval)
-            if self._pool is not None:
-                with contextlib.suppress(StagingError):
-                    reply = await self._call(self._stub.Renew, pb.RenewRequest(**self._who()))
-                    self.free_host_blocks = reply.free_blocks
 
 
 async def _ended(call: Read) -> None:

@@ -18,6 +18,9 @@ Handicap = tuple[int, ...]
 # Lower is sooner. A class that is not listed counts as the middle one.
 _CLASS_RANKS: Final = {"interactive": 0, "default": 1, "batch": 2}
 CLASSES: Final = len(_CLASS_RANKS)
+# Decode iterations of a job before any was seen to end, and the newest one's share in the mean.
+_FIRST_GUESS: Final = 256
+_NEWEST: Final = 0.01
 
 
 def class_rank(job: Job) -> int:
@@ -52,6 +55,7 @@ class Policy(ABC):
     fair: ClassVar[bool] = False  # the tenants of a class share service, see `FairQueue`
     handicaps: Handicaps | None = None  # what its keys are made up of
 
+    mean_service_s: float  # that jobs took which ended
     lifted_at_once = 0  # most jobs that stand before all others for having starved; 0: none ever
 
     def __init__(
@@ -68,6 +72,7 @@ class Policy(ABC):
         self.rows, self.budget = rows, budget
         self.next_place = place
         self._unlimited = [math.inf] * config.levels
+        self.mean_service_s = _FIRST_GUESS * cost.decode_s
 
     @abstractmethod
     def key(self, job: Job) -> Key:
@@ -97,6 +102,10 @@ class Policy(ABC):
 
     def leave(self, job: Job) -> None:  # noqa: B027  # most have nothing to do
         """The job is over or goes to another group."""
+
+    def ended(self, job: Job) -> None:
+        """The job, which has left, is over."""
+        self.mean_service_s += _NEWEST * (job.attained - self.mean_service_s)
 
     def size(self, waiting: int) -> tuple[int, int]:
         """Most rows and most tokens of the next iteration. waiting: jobs without a row."""

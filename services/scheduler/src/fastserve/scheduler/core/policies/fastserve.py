@@ -40,14 +40,12 @@ _BURST: Final = 2.0  # what x exceeds this by counts at once
 # Head start of newcomers, in levels and in seconds.
 _HEAD_LEVELS: Final = 8
 _HEAD_S: Final = 60.0
-_FIRST_GUESS: Final = 256  # decode iterations of a job before any was seen to end
 _CLASS_LEVELS: Final = (-4, 0, 6)  # interactive, default, batch
 _WORTH: Final = 0.05  # of the throughput that a row adds where rows cost nothing
 _FEWEST: Final = 16  # rows: below them a model that is wrong would cost more than it could win
 _SEEN: Final = 64  # iterations before it is believed
 _STRETCH: Final = 7.0  # decode iterations that a chunk of a prompt may take
 _CHUNK: Final = 64  # tokens, at least
-_NEWEST: Final = 0.01  # share of the newest job in the mean service
 _CHANGE: Final = 0.1  # a smaller relative change of the weight is not followed
 
 
@@ -65,9 +63,8 @@ class FastServe(SkipJoinMlfq):
         super().__init__(*args, **kwargs)
         self.handicaps = self
         self.lifted_at_once = 0  # age is in the key
-        self._service = _FIRST_GUESS * self.cost.decode_s
-        self._weight = self._service
-        self._steady = self._service  # the weight, but never less than a mean service
+        self._weight = self.mean_service_s
+        self._steady = self.mean_service_s  # the weight, but never less than a mean service
         self._backlog = 0.0
         self._asked = -math.inf  # when it was averaged last
 
@@ -111,9 +108,6 @@ class FastServe(SkipJoinMlfq):
     def promote(self, job: Job, now: float) -> bool:
         return False
 
-    def leave(self, job: Job) -> None:
-        self._service += _NEWEST * (job.attained - self._service)
-
     def weigh(self, now: float, waiting: int, running: int) -> None:
         x = waiting / self.rows
         passed = now - self._asked
@@ -121,7 +115,7 @@ class FastServe(SkipJoinMlfq):
         self._backlog += (1.0 - math.exp(-passed / _MEMORY_S)) * (x - self._backlog)
         x = max(self._backlog, x - _BURST)
         services = max(_LEAST / max(running, 1), min(_SQUARE * x**2, max(_MOST, _LINEAR * x)))
-        weight = self._service * services
+        weight = self.mean_service_s * services
         if abs(weight - self._weight) > _CHANGE * self._weight:
             self._weight = weight
-            self._steady = max(weight, self._service)
+            self._steady = max(weight, self.mean_service_s)

@@ -1,0 +1,102 @@
+"""SIGKILL of one component after the other, and a worker that is frozen, under twenty streams.
+
+Two of each as processes (`support.cluster`). Clients of a gateway that dies ask the other one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from support.cluster import Cluster
+from support.endless_load import EndlessLoad
+from support.tiny_models import tiny_model
+from support.valkey import Valkey, running_valkey
+from support.waiting import eventually_async
+
+STREAMS = 20
+TOKENS = 120
+
+
+@contextlib.asynccontextmanager
+async def loaded(folder: Path) -> AsyncIterator[tuple[Cluster, EndlessLoad, Valkey]]:
+    model = folder / "tiny"
+    tiny_model(model)
+    with contextlib.ExitStack() as stack:
+        valkey = stack.enter_context(running_valkey())
+        flags = ("--max-num-seqs", "10")
+        cluster = Cluster(folder, model, valkey, stack, pod_flags=flags, grace_s=3.0)
+        load = EndlessLoad(lambda: cluster.gateways, STREAMS, TOKENS)
+        try:
+            await load.learn()
+            async with load.running():
+                yield cluster, load, valkey
+        except BaseException:
+            print(cluster.logs())
+            raise
+
+
+async def fault(cluster: Cluster, kind: str) -> float:
+    """Faults of workers of a kind that the schedulers have seen."""
+    series = f'fastserve_worker_faults_total{{kind="{kind}",shard="0"}}'
+    total = 0.0
+    for at in range(2):
+        found = await asyncio.to_thread(cluster.running[f"scheduler-{at}"].metrics)
+        total += found.get(series, 0.0)
+    return total
+
+
+@pytest.mark.timeout(240)
+async def test_each_component_is_killed(tmp_path: Path) -> None:
+    async with loaded(tmp_path) as (cluster, load, valkey):
+        for names in (
+            ["gateway-0"],
+            ["scheduler-0"],
+            ["worker-0"],
+            ["sidecar-0"],
+            ["worker-1", "sidecar-1"],  # a pod
+        ):
+            await load.rounds()
+            await load.middle()
+            for name in names:
+                await cluster.stop(name, signal.SIGKILL)
+            for name in reversed(names):
+                await cluster.start(name, settle=name == names[0])
+        await load.rounds()
+        await load.middle()
+        valkey.stop()  # SIGKILL, and all that it held is gone
+        valkey.start()
+        await load.rounds()
+        assert await fault(cluster, "stream_lost") >= 2
+        assert load.reattached > 0, "no client lost its gateway"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_worker_is_frozen_for_thirty_seconds(tmp_path: Path) -> None:
+    """Its connection stays; the scheduler notices that it says nothing. When it wakes up, what it
+    has to say is of a stream that nobody reads."""
+    async with loaded(tmp_path) as (cluster, load, _):
+        await load.rounds()
+        worker = cluster.pods[0].worker
+        worker.process.send_signal(signal.SIGSTOP)
+        began = asyncio.get_running_loop().time()
+        try:
+
+            async def noticed() -> bool:
+                return await fault(cluster, "silent") >= 1
+
+            await eventually_async(noticed, "the fault to be seen", 20)
+            await load.rounds()  # all streams go on with the other one
+            await asyncio.sleep(30 - (asyncio.get_running_loop().time() - began))
+        finally:
+            worker.process.send_signal(signal.SIGCONT)
+        await eventually_async(cluster.settled, "the worker again", 30)
+        await load.rounds(2)
+        log = "".join(one.log.read_text() for one in cluster.running.values())
+        assert '"fault": "silent"' in log and "w0 has work and said nothing for" in log

@@ -1,0 +1,227 @@
+"""Where jobs are placed, and how they move between worker groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+
+from fastserve.scheduler.core import (
+    CostSample,
+    EventKind,
+    Inventory,
+    JobSpec,
+    JobState,
+    RejectReason,
+    Scheduler,
+    SchedulerConfig,
+)
+from support.worker_model import WorkerModel, token_of, worker_info
+
+
+class Groups:
+    """A scheduler and several worker models in lockstep: one iteration each per step."""
+
+    def __init__(
+        self, speeds: dict[str, float], config: dict[str, Any] | None = None, **worker: int
+    ):
+        self.now = 0.0
+        self.scheduler = Scheduler(SchedulerConfig(**{"starvation_s": 1e6, **(config or {})}))
+        self.lengths: dict[str, int] = {}
+        self.models: dict[str, WorkerModel] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.came: dict[str, list[int]] = {}  # job -> steps in which a token came
+        self.steps = 0
+        self.ended: set[str] = set()
+        sizes = {"device_blocks": 256, "max_num_batched_tokens": 64, "max_model_len": 512}
+        for name, speed in speeds.items():
+            info = dataclasses.replace(
+                worker_info(name, **{**sizes, **worker}),
+                prefill_sample=CostSample(1, 64, 64, 0.040 / speed),
+                decode_sample=CostSample(1, 1, 64, 0.010 / speed),
+            )
+            self.models[name] = WorkerModel(info, self.lengths, self.scheduler.job)
+            self.scheduler.add_worker(info, Inventory(), 0.0)
+
+    def submit(self, job_id: str, prompt: int = 8, max_tokens: int = 60, **spec: Any) -> Any:
+        self.lengths[job_id] = max_tokens
+        self.tokens[job_id], self.came[job_id] = [], []
+        return self.scheduler.submit(
+            JobSpec(job_id, tuple(range(prompt)), max_tokens, self.now, **spec), self.now
+        )
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.steps += 1
+            self.now += 0.010
+            self.scheduler.balance(self.now)
+            for name, model in self.models.items():
+                plan = self.scheduler.plan(name, self.now)
+                if plan is not None:
+                    model.receive(plan)
+                model.apply_all()
+                model.finish_copies()
+                report = model.step()
+                if report is None:
+                    continue
+                progress = self.scheduler.on_report(name, report, self.now)
+                for job_id, index, token, _ in progress.tokens:
+                    assert index == len(self.tokens[job_id])
+                    assert token == token_of(job_id, index)
+                    self.tokens[job_id].append(token)
+                    self.came[job_id].append(self.steps)
+                self.ended |= {finished.job_id for finished in progress.finished}
+            self.scheduler.check_integrity()
+
+    def run(self) -> None:
+        """Until all have ended."""
+        for _ in range(5000):
+            if not list(self.scheduler.jobs()):
+                return
+            self.step()
+        raise AssertionError("jobs that never end")
+
+    def at(self, name: str) -> set[str]:
+        return {job.job_id for job in self.scheduler.jobs() if job.worker_id == name}
+
+    def longest_pause(self, job_id: str) -> int:
+        """Steps without a token between two tokens."""
+        came = self.came[job_id]
+        return max(after - before - 1 for before, after in itertools.pairwise(came))
+
+
+def test_jobs_are_spread_by_what_groups_can_do() -> None:
+    groups = Groups({"fast": 1.0, "slow": 0.1})
+    for number in range(12):
+        groups.submit(f"j{number}")
+    # Ten times slower: even with four in each row of the fast one that is the sooner end.
+    assert len(groups.at("slow")) <= 1
+
+
+def test_a_group_without_room_for_the_kv_cache_counts_as_crowded() -> None:
+    groups = Groups({"a": 1.0, "b": 1.0}, device_blocks=40)
+    groups.submit("large", prompt=100, max_tokens=20)
+    for number in range(4):
+        groups.submit(f"j{number}", prompt=40, max_tokens=20)
+    (full,) = {groups.scheduler.job("large").worker_id}  # type: ignore[union-attr]
+    assert len(groups.at(str(full))) < 1 + 4 - len(groups.at(str(full)))
+
+
+def test_a_long_queue_ahead_counts_by_the_order_of_the_policy() -> None:
+    """A queue of batch jobs is no reason for an interactive one to go elsewhere."""
+    groups = Groups({"a": 1.0, "b": 0.5}, {"policy": "skip-join-mlfq"})
+    groups.scheduler.drain("b", True, 0.0)
+    for number in range(20):
+        groups.submit(f"j{number}", service_class="batch")
+    groups.scheduler.drain("b", False, 0.0)
+    groups.submit("now", service_class="interactive")
+    groups.submit("later", service_class="batch")
+    assert "now" in groups.at("a")
+    assert "later" in groups.at("b")
+
+
+def test_a_drained_group_gives_its_jobs_away_and_may_leave() -> None:
+    groups = Groups({"a": 1.0, "b": 1.0})
+    for number in range(8):
+        groups.submit(f"j{number}")
+    groups.step(10)
+    assert len(groups.at("a")) == 4
+    groups.scheduler.drain("a", True, groups.now)
+    groups.step(6)
+    assert groups.at("a") == set() and groups.models["a"].held == {}
+    assert groups.scheduler.counters["migrations.drain"] == 4
+    plan = groups.models["a"].plan
+    assert plan is not None and plan.may_leave
+    assert any(event.kind is EventKind.MIGRATED for event in groups.scheduler.drain_events())
+    groups.run()
+    assert all(len(tokens) == 60 for tokens in groups.tokens.values())
+
+
+@pytest.mark.parametrize("running", [1, 4])
+def test_the_pause_of_a_move_is_under_three_iterations(running: int) -> None:
+    """From one token to the next, whatever the number of jobs that move with it."""
+    groups = Groups({"a": 1.0, "b": 1.0}, max_num_seqs=16)
+    for number in range(2 * running):
+        groups.submit(f"j{number}", prompt=24, max_tokens=100)
+    groups.step(20)
+    movers = groups.at("a")
+    assert len(movers) == running
+    groups.scheduler.drain("a", True, groups.now)
+    groups.run()
+    assert max(groups.longest_pause(job) for job in movers) < 3
+
+
+def test_without_another_group_jobs_stay_and_newcomers_are_refused() -> None:
+    groups = Groups({"a": 1.0})
+    groups.submit("j")
+    groups.step(3)
+    groups.scheduler.drain("a", True, groups.now)
+    rejection = groups.submit("k")
+    assert rejection.reason is RejectReason.NO_WORKER
+    groups.run()
+    assert len(groups.tokens["j"]) == 60
+    groups.step(2)
+    plan = groups.models["a"].plan
+    assert plan is not None and plan.may_leave
+
+
+def test_a_job_too_long_for_the_group_that_stays_ends_where_it_is() -> None:
+    groups = Groups({"a": 1.0})
+    small = worker_info("b", device_blocks=8, max_model_len=32)
+    groups.models["b"] = WorkerModel(small, groups.lengths, groups.scheduler.job)
+    groups.scheduler.add_worker(small, Inventory(), 0.0)
+    groups.submit("long", prompt=50, max_tokens=60)
+    groups.step(3)
+    groups.scheduler.drain("a", True, groups.now)
+    groups.step(3)
+    assert groups.at("a") == {"long"}
+    rejection = groups.submit("another", prompt=50, max_tokens=60)
+    assert rejection.reason is RejectReason.NO_WORKER
+    groups.run()
+
+
+def test_a_worker_that_comes_back_gets_the_jobs_whose_kv_cache_it_has() -> None:
+    """After a broken stream the other group has hardly begun to compute it again."""
+    groups = Groups({"a": 1.0, "b": 1.0})
+    for number in range(4):
+        groups.submit(f"j{number}", prompt=60, max_tokens=80)
+    groups.step(30)
+    before = groups.at("a")
+    assert len(before) == 2
+    model = groups.models.pop("a")
+    inventory = model.reconnect(died=False)
+    groups.scheduler.remove_worker("a", groups.now)
+    assert groups.at("b") == {"j0", "j1", "j2", "j3"}
+    groups.models["a"] = model
+    groups.scheduler.add_worker(model.info, inventory, groups.now)
+    assert groups.at("a") == before
+    recomputed = groups.scheduler.counters["tokens.recomputed"]
+    groups.run()
+    assert groups.scheduler.counters["tokens.recomputed"] - recomputed < 60
+
+
+def test_an_idle_group_takes_what_waits_elsewhere() -> None:
+    groups = Groups({"a": 1.0, "b": 1.0}, {"policy": "fcfs"}, max_num_seqs=2)
+    groups.scheduler.drain("b", True, 0.0)
+    for number in range(8):
+        groups.submit(f"j{number}")
+    groups.step(2)
+    assert groups.at("b") == set()
+    groups.scheduler.drain("b", False, groups.now)
+    groups.step(2)
+    assert len(groups.at("b")) >= 3
+    assert all(
+        job.state is JobState.RUNNING or job.worker_id == "b" or len(groups.at("a")) <= 6
+        for job in groups.scheduler.jobs()
+    )
+    groups.run()
+
+
+def test_jobs_do_not_go_to_and_fro() -> None:
+    groups = Groups({"a": 1.0, "b": 1.0}, max_num_seqs=2)
+    for number in range(40):
+        groups.submit(f"j{number}", max_tokens=30 + number)
+    groups.run()
+    assert groups.scheduler.counters["migrations.balance"] <= 40
