@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -50,10 +51,11 @@ def pins(requirements: Path = ROOT / "requirements.txt") -> dict[str, Requiremen
 
 
 def direct(dist: str) -> list[Requirement]:
-    """What a package of ours asks for, ours among it followed."""
+    """What a package of ours asks for, its extras included, ours among it followed."""
     project = tomllib.loads((ROOT / DISTS[dist] / "pyproject.toml").read_text())["project"]
     found = []
-    for requirement in map(Requirement, project["dependencies"]):
+    extras = project.get("optional-dependencies", {}).values()
+    for requirement in map(Requirement, [*project["dependencies"], *chain(*extras)]):
         if requirement.name in DISTS:
             found += direct(requirement.name)
         else:

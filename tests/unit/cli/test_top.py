@@ -102,7 +102,7 @@ def test_rates_between_two_samples() -> None:
         tiers = {"host": Tier(used=3, slots=4, bytes_out=bytes_out, bytes_in=5.0)}
         view.update(Sample(at, [snapshot(workers=[state])], tiers))
     text = shown(view)
-    assert line(text, "w0") == ["w0", "0", "12.5", "ms", "25.0", "300.0", "150.0", "7%"]
+    assert line(text, "w0") == ["w0", "0", "12.5", "ms", "150.0", "300.0", "7%"]
     assert line(text, "host")[:3] == ["host", "3", "4"]
     assert line(text, "host")[-4:] == ["10.0", "MB/s", "0.0", "MB/s"]
     assert "host w0" not in text  # the sidecar knows its slots better
@@ -165,6 +165,32 @@ def test_tiers_are_those_of_the_sidecar() -> None:
         "disk": Tier(bytes_in=8192),
     }
     assert tiers_of(generate_latest(CollectorRegistry()).decode()) == {}
+
+
+def test_it_fits_into_eighty_columns() -> None:
+    view = View()
+    for at in (1.0, 2.0):
+        state = pb.WorkerState(
+            address="w:1",
+            worker_id="worker-0",
+            connected=True,
+            model="SmolLM2-135M-Instruct",
+            iterations=9,
+            iteration_s=0.0301,
+            sampled_tokens=round(12345 * at),
+            processed_tokens=round(123456 * at),
+            device_blocks=1024,
+        )
+        tiers = {"host": Tier(used=1000, slots=2912, bytes_out=4e9 * at, bytes_in=4e9 * at)}
+        long = job("cmpl-0123456789abcdef0123456789abcdef-0", "preempted", prompt_tokens=12345)
+        view.update(Sample(at, [snapshot(long, workers=[state])], tiers))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(view.render())
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    whole = ["SmolLM2-135M-Instruct", "12345.0", "123456.0", "4000.0 MB/s", "preempted", "bcdef-0"]
+    assert all(word in text for word in whole), text
+    assert text.count("…") == 1, "only the id is cut"
 
 
 def test_nothing_runs(tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def test_what_a_package_asks_for_is_locked(service: str) -> None:
     found = locked(service)
     for folder in (f"services/{service}", "services/common", "proto"):
         project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
-        for dependency in map(Requirement, project["dependencies"]):
+        wanted = [*project["dependencies"]]
+        for extra in project.get("optional-dependencies", {}).values():
+            wanted += extra
+        for dependency in map(Requirement, wanted):
             if not dependency.name.startswith("fastserve-"):
                 version = found[canonicalize_name(dependency.name)]
                 assert str(dependency.specifier) == f"=={version}", dependency

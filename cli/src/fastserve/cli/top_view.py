@@ -111,18 +111,8 @@ class View:
         return table
 
     def _workers(self) -> Table:
-        table = _table(
-            *[
-                "worker",
-                "model",
-                "rows",
-                "iteration",
-                "it/s",
-                "processed/s",
-                "tokens/s",
-                "cost error",
-            ]
-        )
+        # tokens/s: sampled; all/s: those of prompts, too.
+        table = _table("worker", "model", "rows", "iteration", "tokens/s", "all/s", "cost error")
         before = {worker.address: worker for worker in self._all_workers(self._before)}
         for worker in self._all_workers(self._now):
             if not worker.connected:
@@ -132,9 +122,8 @@ class View:
             table.add_row(
                 *[worker.worker_id, worker.model, _rows(worker)],
                 _seconds(worker.iteration_s) if worker.iterations else "",
-                self._rate(past.iterations if past else None, worker.iterations),
-                self._rate(past.processed_tokens if past else None, worker.processed_tokens),
                 self._rate(past.sampled_tokens if past else None, worker.sampled_tokens),
+                self._rate(past.processed_tokens if past else None, worker.processed_tokens),
                 f"{worker.cost_model_error:.0%}",
             )
         return table
@@ -222,7 +211,7 @@ def _headline(shard: SnapshotResponse) -> Text:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     words = {"worker", "model", "KV", "job", "tenant", "state", "", "moved"}
     for column in columns:
         table.add_column(column, justify="left" if column in words else "right", no_wrap=True)
@@ -245,7 +234,8 @@ def _seconds(value: float) -> str:
 
 
 def _short(job_id: str) -> str:
-    return job_id if len(job_id) <= 24 else f"{job_id[:23]}…"
+    """The end of an id tells jobs apart; all begin alike."""
+    return job_id if len(job_id) <= 16 else f"…{job_id[-15:]}"
 
 
 def _order(job: JobState) -> int:
