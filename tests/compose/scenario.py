@@ -129,8 +129,10 @@ def main() -> int:
         raise
     finally:
         run("docker-compose", "down", "--volumes", "--timeout", "30")
-    left = run("docker", "ps", "--all", "--quiet") + run("docker", "volume", "ls", "--quiet")
-    assert not left, f"left behind: {left}"
+    ours = f"label=com.docker.compose.project={os.environ['COMPOSE_PROJECT_NAME']}"
+    for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
+        left = run("docker", *kind, "--quiet", "--filter", ours)
+        assert not left, f"docker {kind[0]}: left behind: {left}"
     return 0
 
 
