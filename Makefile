@@ -8,8 +8,14 @@ DISTS := proto services/common services/gateway services/scheduler services/work
 MUTANTS ?= 120
 MUTATED ?= core\.(planner|kv_planner|reports|group|run_queue|fair_queue|deadlines|draft|policies)
 STAMP := $(VENV)/.fastserve-installed
+# Images. DEVICE=cuda makes the worker's for GPUs. BUILD_ARGS goes to every `docker build`.
+include .env
+DEVICE ?= cpu
+BUILD_ARGS ?=
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 .PHONY: help setup run test test-all mutation lint format proto clean \
+  images compose-up compose-down test-compose \
   bench-scheduler bench-redis bench-kv bench-gateway bench-compare
 
 help: ## Show the targets
@@ -65,6 +71,7 @@ lint: setup ## Check style, types, import rules, contracts and generated code
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docker/lock.py --check
 	$(BIN)/python helm/schema.py --check
 
 format: setup ## Rewrite the code in the house style
@@ -73,6 +80,23 @@ format: setup ## Rewrite the code in the house style
 
 proto: setup ## Generate the gRPC code from proto/fastserve/v1
 	$(BIN)/python proto/generate.py
+
+images: ## Build the image of every service (DEVICE=cuda: the worker's for GPUs)
+	docker build $(BUILD_ARGS) -f docker/worker.Dockerfile -t $(IMAGE_PREFIX)worker:$(TAG)$(if $(filter-out cpu,$(DEVICE)),-$(DEVICE)) \
+	  --build-arg DEVICE=$(DEVICE) --build-arg VERSION=$(TAG) .
+	docker build $(BUILD_ARGS) -f docker/gateway.Dockerfile -t $(IMAGE_PREFIX)gateway:$(TAG) --build-arg VERSION=$(TAG) \
+	  --build-arg MODEL_IMAGE=$(IMAGE_PREFIX)worker:$(TAG)$(if $(filter-out cpu,$(DEVICE)),-$(DEVICE)) .
+	for service in scheduler kv-offload; do docker build $(BUILD_ARGS) -f docker/$$service.Dockerfile \
+	  -t $(IMAGE_PREFIX)$$service:$(TAG) --build-arg VERSION=$(TAG) . || exit 1; done
+
+compose-up: images ## Build the images and start everything in containers, with Prometheus, Jaeger and Grafana
+	$(COMPOSE) up --detach
+
+compose-down: ## Stop the containers (their volumes stay)
+	$(COMPOSE) down
+
+test-compose: ## Build the images on a bare Debian base and test them under compose (root; minutes)
+	tests/compose/run
 
 bench-scheduler: setup ## Time plans, reports and submissions of the scheduler's core
 	@$(BIN)/python -m fastserve.bench.scheduler_speed

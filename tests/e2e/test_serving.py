@@ -214,3 +214,19 @@ def test_the_command_line(running: Deployment, tmp_path: Path) -> None:
 
     nothing = run("status", "--state-dir", str(tmp_path))
     assert nothing.returncode == 3
+
+
+def test_top_shows_what_runs(running: Deployment) -> None:
+    result = subprocess.run(
+        command("top", "--once", "--state-dir", str(running.folder)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    words = [line.split() for line in result.stdout.splitlines()]
+    assert ["shard", "0", "fastserve"] in [line[:3] for line in words]
+    assert any(line[:3] == ["worker-0", MODEL, "0"] for line in words), result.stdout
+    assert any(line[:2] == ["device", "worker-0"] for line in words)
+    assert any(line[:1] == ["host"] for line in words), "the sidecar's metrics are read, too"

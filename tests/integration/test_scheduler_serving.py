@@ -374,4 +374,9 @@ async def test_snapshot(
     assert len(snapshot.level_depths) == len(snapshot.level_quanta_s)
     worker.gate.open()
     await view.finished()
-    assert not (await scheduler.snapshot()).jobs
+    after = await scheduler.snapshot()
+    assert not after.jobs
+    (state,) = after.workers
+    # 7 tokens of prompt, and each sampled token but the last is processed.
+    assert state.processed_tokens == 7 + state.sampled_tokens - 1
+    assert state.sampled_tokens == len(view.tokens) and state.iteration_s > 0

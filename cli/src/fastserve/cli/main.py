@@ -280,6 +280,31 @@ def status(
 
 
 @app.command()
+def top(
+    scheduler: Annotated[
+        list[str] | None,
+        typer.Option(help="gRPC address of a scheduler; repeat for shards and standbys."),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a kv-offload sidecar's metrics, for its tiers; repeat for more."),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one view and exit.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two views.", min=0.1)] = 1.0,
+    state_dir: StateDir = None,
+) -> None:
+    """Watch queues, jobs that move between levels, KV tiers and workers; q ends it.
+
+    Of what runs on this machine, or of --scheduler. Without a terminal it prints one view.
+    """
+    from fastserve.cli.top import Sources, local_sources, run
+
+    named = Sources(scheduler, metrics or []) if scheduler else None
+    sources = named or local_sources(_folder(state_dir))
+    run(sources, Console(), once=once, interval_s=interval)
+
+
+@app.command()
 def drain(
     worker: Annotated[str, typer.Argument(help="Id of the worker group, as in --worker-id.")],
     scheduler: Annotated[

@@ -223,7 +223,7 @@ class SnapshotResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., policy: _Optional[str] = ..., durable: _Optional[bool] = ..., uptime_s: _Optional[float] = ..., level_depths: _Optional[_Iterable[int]] = ..., level_quanta_s: _Optional[_Iterable[float]] = ..., workers: _Optional[_Iterable[_Union[WorkerState, _Mapping]]] = ..., jobs: _Optional[_Iterable[_Union[JobState, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., shard: _Optional[str] = ...) -> None: ...
 
 class WorkerState(_message.Message):
-    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s", "draining", "jobs", "running")
+    __slots__ = ("address", "worker_id", "connected", "device_blocks", "free_device_blocks", "host_blocks", "free_host_blocks", "block_size", "iterations", "cost_model_error", "decode_s", "prefill_tokens_per_s", "iteration_s", "sampled_tokens", "processed_tokens", "model", "draining", "jobs", "running")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +236,10 @@ class WorkerState(_message.Message):
     COST_MODEL_ERROR_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ITERATION_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     JOBS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -251,10 +255,14 @@ class WorkerState(_message.Message):
     cost_model_error: float
     decode_s: float
     prefill_tokens_per_s: float
+    iteration_s: float
+    sampled_tokens: int
+    processed_tokens: int
+    model: str
     draining: bool
     jobs: int
     running: int
-    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ..., cost_model_error: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., draining: _Optional[bool] = ..., jobs: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
+    def __init__(self, address: _Optional[str] = ..., worker_id: _Optional[str] = ..., connected: _Optional[bool] = ..., device_blocks: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., host_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., iterations: _Optional[int] = ..., cost_model_error: _Optional[float] = ..., decode_s: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., iteration_s: _Optional[float] = ..., sampled_tokens: _Optional[int] = ..., processed_tokens: _Optional[int] = ..., model: _Optional[str] = ..., draining: _Optional[bool] = ..., jobs: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
 
 class JobState(_message.Message):
     __slots__ = ("job_id", "tenant", "state", "kv", "level", "prompt_tokens", "output_tokens", "preemptions", "age_s")

@@ -42,10 +42,16 @@ def snapshot(
 def _worker(core: Scheduler, link: WorkerLink) -> scheduler_pb2.WorkerState:
     described = link.described
     state = scheduler_pb2.WorkerState(
-        address=link.address, connected=described is not None, iterations=link.iterations
+        address=link.address,
+        connected=described is not None,
+        iterations=link.iterations,
+        iteration_s=link.iteration_s,
+        sampled_tokens=link.sampled_tokens,
+        processed_tokens=link.processed_tokens,
     )
     if described is not None:
         state.worker_id = described.worker_id
+        state.model = described.model
         state.device_blocks = described.device_blocks
         state.free_device_blocks = link.free_device_blocks
         state.host_blocks = described.host_blocks

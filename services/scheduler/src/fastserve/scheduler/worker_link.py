@@ -81,6 +81,9 @@ class WorkerLink:
         self.free_device_blocks = 0
         self.free_host_blocks = 0
         self.iterations = 0
+        self.iteration_s = 0.0
+        self.sampled_tokens = 0
+        self.processed_tokens = 0
         self.last_heard = 0.0  # when the last report came
         self.wanted = True  # the address is still known; else the link ends with its stream
         self.drain_order: bool | None = None  # on its way to the worker
@@ -258,6 +261,9 @@ class WorkerLink:
         self.free_host_blocks = report.free_host_blocks
         if report.iteration:
             self.iterations += 1
+            self.iteration_s = report.seconds
+            self.sampled_tokens += len(report.sampled_tokens)
+            self.processed_tokens += sum(report.row_new_tokens)
         self.last_heard = now = self._clock.now()
         while self._in_flight and self._in_flight[0][0] <= report.plan_id:
             _, sent = self._in_flight.popleft()

@@ -1,0 +1,147 @@
+"""The containers of docker-compose.yml, used and killed. `tests/compose/run` builds them first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+SERVICES = (
+    "gateway",
+    "prometheus",
+)  # and all that they depend on; Jaeger and Grafana are not to be had
+NEEDED = {"gateway", "scheduler", "worker", "kv-offload", "valkey", "prometheus"}
+TOKENS = 120
+BODY = {
+    "model": "SmolLM2-135M-Instruct",
+    "prompt": "Write a long story about a lighthouse keeper and his daughter.\n\n",
+    "max_tokens": TOKENS,
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+def run(*command: str) -> str:
+    return subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, timeout=400
+    ).stdout.strip()
+
+
+def container(service: str) -> str:
+    return run("docker-compose", "ps", "-q", service)
+
+
+def inspect(service: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("docker", "inspect", container(service)))[0]
+    return found
+
+
+def wait(what: str, done: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            raise AssertionError(f"{what}: not within {seconds} s")
+        time.sleep(0.2)
+
+
+def url(service: str, port: int) -> str:
+    return f"http://{run('docker-compose', 'port', service, str(port))}"
+
+
+def stream(base: str, on_token: Callable[[int], None]) -> str:
+    """The text of one streamed answer; `on_token` hears how many events came."""
+    text, events = "", 0
+    with httpx.stream(
+        "POST", f"{base}/v1/completions", json=BODY, timeout=120, trust_env=False
+    ) as answer:
+        assert answer.status_code == 200, answer.read()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                assert "error" not in chunk, chunk
+                text += "".join(choice["text"] for choice in chunk["choices"])
+                events += 1
+                on_token(events)
+    return text
+
+
+def check_rights() -> None:
+    for service in NEEDED - {"valkey", "prometheus"}:
+        found = inspect(service)
+        assert found["Config"]["User"] == "10001:10001", service
+        assert found["HostConfig"]["ReadonlyRootfs"], service
+        has_torch = subprocess.run(
+            ["docker-compose", "exec", "-T", service, "python", "-c", "import torch"],
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )
+        assert (has_torch.returncode == 0) == (service == "worker"), service
+
+
+def check_scrapes() -> None:
+    base = url("prometheus", 9090)
+
+    def all_up() -> bool:
+        reply = httpx.get(f"{base}/api/v1/query", params={"query": "up"}, trust_env=False).json()
+        series = reply["data"]["result"]
+        return len(series) == 4 and all(one["value"][1] == "1" for one in series)
+
+    wait("Prometheus scrapes all four services", all_up, 60)
+
+
+def kill_worker(base: str, undisturbed: str) -> None:
+    """A crash as the kernel would do it: `docker kill` would tell Docker not to restart it."""
+    pid = inspect("worker")["State"]["Pid"]
+
+    def on_token(events: int) -> None:
+        if events == 20:
+            os.kill(pid, signal.SIGKILL)
+
+    assert stream(base, on_token) == undisturbed, "the answer changed"
+    state = inspect("worker")
+    assert state["RestartCount"] == 1 and state["State"]["Pid"] != pid
+
+
+def main() -> int:
+    try:
+        run("docker-compose", "up", "--detach", *SERVICES)
+        base = url("gateway", 8000)
+        wait("the gateway is ready", lambda: ready(base), 120)
+        undisturbed = stream(base, lambda events: None)
+        assert len(undisturbed) > TOKENS
+        print(f"served: {undisturbed[:60]!r} ...")
+        check_rights()
+        check_scrapes()
+        kill_worker(base, undisturbed)
+        print("the worker was killed and restarted; the stream went on with the same text")
+    except BaseException:
+        subprocess.run(["docker-compose", "ps"], check=False)
+        subprocess.run(["docker-compose", "logs", "--tail=40"], check=False)
+        raise
+    finally:
+        run("docker-compose", "down", "--volumes", "--timeout", "30")
+    ours = f"label=com.docker.compose.project={os.environ['COMPOSE_PROJECT_NAME']}"
+    for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
+        left = run("docker", *kind, "--quiet", "--filter", ours)
+        assert not left, f"docker {kind[0]}: left behind: {left}"
+    return 0
+
+
+def ready(base: str) -> bool:
+    try:
+        return httpx.get(f"{base}/readyz", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
