@@ -79,8 +79,8 @@ async def _load(system: Deployment) -> Answer:
     """A long answer, and while it streams four short ones; a request that is wrong."""
     long = Answer()
     async with _client(system) as client:
-        warm_up = await stream(client, body_of("Hello", 3), Answer())
-        assert warm_up.finish == "length"
+        alone = await stream(client, body_of(LONG, LONG_TOKENS), Answer())
+        assert alone.finish == "length"
         parent = {"traceparent": f"00-{TRACE.hex()}-{PARENT}-01"}
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(stream(client, body_of(LONG, LONG_TOKENS), long, parent))
@@ -124,11 +124,11 @@ async def test_the_trace_of_a_preempted_request(run: Run) -> None:
     queue, prefill, decode = (
         spans()[f"fastserve.{name}"] for name in ("queue", "prefill", "decode")
     )
-    # One after the other without a gap, within the request.
+    # One after the other without a gap (but for rounding), within the request.
     assert server.start_time_unix_nano <= queue.start_time_unix_nano
-    assert queue.end_time_unix_nano == prefill.start_time_unix_nano
-    assert prefill.end_time_unix_nano == decode.start_time_unix_nano
-    assert decode.end_time_unix_nano <= server.end_time_unix_nano + 50_000_000
+    assert abs(queue.end_time_unix_nano - prefill.start_time_unix_nano) <= 1_000
+    assert abs(prefill.end_time_unix_nano - decode.start_time_unix_nano) <= 1_000
+    assert decode.end_time_unix_nano <= server.end_time_unix_nano
     for span in (queue, prefill, decode):
         assert span.parent_span_id == server.span_id
     names = [event.name for event in decode.events]
