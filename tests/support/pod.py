@@ -25,6 +25,7 @@ class Pod:
     host_blocks: int
     disk_blocks: int = 0
     worker_flags: tuple[str, ...] = ()
+    ranks: int = 1  # each has a pool of `host_blocks`
     worker_id: str = "w-7"
     sidecar_flags: tuple[str, ...] = ()
 
@@ -38,7 +39,7 @@ class Pod:
 
     def start_sidecar(self) -> Running:
         flags = ["--listen", f"unix:{self.folder}/kv", "--host-blocks", str(self.host_blocks)]
-        flags += ["--pool-dir", str(self.folder)]
+        flags += ["--pool-dir", str(self.folder), "--workers", str(self.ranks)]
         if self.disk_blocks:
             slot = -(-self.block_bytes // 4096) * 4096
             flags += ["--disk-path", str(self.folder), "--disk-size", str(self.disk_blocks * slot)]

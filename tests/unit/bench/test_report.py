@@ -36,7 +36,7 @@ def result(
     done = ends[~np.isnan(ends)]
     counts: dict[str, Any] = {
         "preemptions": 0, "offloaded_tokens": 0, "uploaded_tokens": 0, "recomputed_tokens": 0,
-        "kv_wait_s": 0.0, "row_s": 0.0,
+        "kv_wait_s": 0.0, "row_s": 0.0, "migrations": 0,
     }  # fmt: skip
     return SimResult(
         arrival_s=np.array(arrival),

@@ -109,6 +109,10 @@ class Silent(scheduler_pb2_grpc.SchedulerServiceServicer):
         self.asked = True
         return scheduler_pb2.SnapshotResponse()
 
+    async def Drain(self, *_: Any) -> scheduler_pb2.DrainResponse:
+        self.asked = True
+        return scheduler_pb2.DrainResponse()
+
 
 async def test_probes_see_the_health_and_nothing_else_without_a_certificate() -> None:
     server, silent = GrpcServer(), Silent()

@@ -143,6 +143,14 @@ def up(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of the worker.", rich_help_panel=_PLACES)
     ] = None,
+    tensor_parallel_size: Annotated[
+        int | None,
+        typer.Option(help="Ranks that share every layer.", min=1, rich_help_panel=_PLACES),
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None,
+        typer.Option(help="Stages of layers, in turn.", min=1, rich_help_panel=_PLACES),
+    ] = None,
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Most jobs in an iteration.", rich_help_panel=_SIZES)
     ] = None,
@@ -230,6 +238,8 @@ def up(
         dtype=dtype,
         quantization=quantization,
         threads=threads,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
         redis_url=redis_url,
         log_level=log_level,
     )

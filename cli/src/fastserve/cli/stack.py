@@ -59,6 +59,8 @@ class Options:
     dtype: str | None = None
     quantization: str | None = None
     threads: int | None = None
+    tensor_parallel_size: int | None = None
+    pipeline_parallel_size: int | None = None
     redis_url: str | None = None
     log_level: str | None = None
 
@@ -67,6 +69,11 @@ class Options:
         if self.served_model_name:
             return self.served_model_name
         return Path(self.model).absolute().name if self.model else DEFAULT_MODEL_NAME
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the worker group."""
+        return (self.tensor_parallel_size or 1) * (self.pipeline_parallel_size or 1)
 
     @property
     def url(self) -> str:
@@ -107,6 +114,7 @@ def specs(options: Options, run: Path) -> list[Spec]:
     def kv_offload(known: Known) -> Sequence[str]:
         return _service("kv-offload", run, known) + flags(
             listen=f"unix:{run}/kv-offload.sock",
+            workers=options.ranks if options.ranks > 1 else None,  # each has a pool
             host_blocks=options.host_kv_blocks,
             host_memory=options.host_memory,
             disk_path=options.disk_path,
@@ -128,6 +136,8 @@ def specs(options: Options, run: Path) -> list[Spec]:
             dtype=options.dtype,
             quantization=options.quantization,
             threads=options.threads,
+            tensor_parallel_size=options.tensor_parallel_size,
+            pipeline_parallel_size=options.pipeline_parallel_size,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,

@@ -239,6 +239,7 @@ class Leader:
             jobs = list(self.core.jobs())
             running = sum(job.state is JobState.RUNNING for job in jobs)
             self._metrics.follow(self.core.counters)
+            self._metrics.follow_waits(self.core.kv_wait())
             self._metrics.set_depths(self.hub.model, self.core.level_depths(), running)
             self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))

@@ -22,6 +22,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._seen: dict[str, int] = {}  # by name of the core's counter
+        self._seen_waits = (0.0, 0.0)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
@@ -53,6 +54,14 @@ class Metrics:
             "fastserve_kv_tokens",
             "Tokens whose KV was offloaded, uploaded or recomputed",
             "operation",
+        )
+        self.kv_wait = counter(
+            "fastserve_kv_wait_seconds",
+            "Time that jobs among the first of the order, as many as there are rows, waited for KV "
+            "on its way, all jobs together",
+        )
+        self.row_time = counter(
+            "fastserve_row_seconds", "Time that jobs had a row in the plan, all jobs together"
         )
         self.iteration = histogram(
             "fastserve_iteration_seconds",
@@ -125,6 +134,14 @@ class Metrics:
             elif kind == "tokens":
                 self.moved_tokens.labels(rest).inc(more)
 
+    def follow_waits(self, waits: tuple[float, float]) -> None:
+        """Take over `Scheduler.kv_wait`."""
+        for counter, now, seen in zip(
+            (self.kv_wait, self.row_time), waits, self._seen_waits, strict=True
+        ):
+            counter.inc(now - seen)
+        self._seen_waits = waits
+
     def set_costs(
         self, models: Mapping[str, CostModel], queued_work_s: Mapping[str, float]
     ) -> None:
@@ -148,6 +165,7 @@ class Metrics:
     def restart(self) -> None:
         """A new leader counts from 0 again."""
         self._seen.clear()
+        self._seen_waits = (0.0, 0.0)
 
     def step_down(self) -> None:
         """This process leads no more: what it last knew would be counted beside the leader's."""

@@ -145,13 +145,7 @@ class Service:
         try:
             async with surroundings(self.settings) as around:
                 leader = Leader(
-                    self.settings,
-                    self._store,
-                    term,
-                    self._clock,
-                    self._metrics,
-                    around,
-                    self._tls,
+                    self.settings, self._store, term, self._clock, self._metrics, around, self._tls
                 )
                 await leader.restore()
                 await leader.run(stop, partial(self._open, leader))

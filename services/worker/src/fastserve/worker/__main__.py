@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import sys
 import time
 from typing import Any
@@ -20,7 +21,7 @@ from fastserve.common.tls import load_tls
 from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.calibrate import measure
-from fastserve.worker.engine import Engine
+from fastserve.worker.engine import Engine, ForwardModel
 from fastserve.worker.engine_thread import EngineThread, StagingMover
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.model.choose import Way, choose, load
@@ -29,6 +30,19 @@ from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache, block_bytes
 from fastserve.worker.model.llama import Model
 from fastserve.worker.model.native import NativeModel
+from fastserve.worker.parallel.control import Followers, GroupStaging
+from fastserve.worker.parallel.launcher import launch
+from fastserve.worker.parallel.model import GroupModel
+from fastserve.worker.parallel.rank import (
+    Rank,
+    choose_way,
+    follow_group,
+    group_model,
+    join,
+    load_stage,
+    wanted,
+)
+from fastserve.worker.parallel.watch import lost
 from fastserve.worker.service import Worker
 from fastserve.worker.settings import Settings
 from fastserve.worker.staging import KvStaging, SidecarLost
@@ -38,7 +52,7 @@ _LAST_REPORTS_S = 0.5
 _TOKENS_PER_SEQUENCE = 1024  # what --kv-blocks defaults to provide for, on a CPU
 
 
-def _kv_cache(settings: Settings, model: Model | NativeModel) -> KvCache:
+def _kv_cache(settings: Settings, model: Model | NativeModel, rank: Rank | None) -> KvCache:
     size = block_bytes(model.config, settings.block_size, model.dtype)
     blocks = settings.kv_blocks
     if blocks is None:
@@ -46,8 +60,11 @@ def _kv_cache(settings: Settings, model: Model | NativeModel) -> KvCache:
             free, total = torch.cuda.mem_get_info(model.device)
             blocks = int(free - total * (1 - settings.gpu_memory_utilization)) // size
         else:
-            wanted = settings.max_num_seqs * -(-_TOKENS_PER_SEQUENCE // settings.block_size)
-            blocks = min(wanted, psutil.virtual_memory().available // 4 // size)
+            wanted_blocks = settings.max_num_seqs * -(-_TOKENS_PER_SEQUENCE // settings.block_size)
+            sharing = rank.group.size if rank is not None and rank.group.one_host else 1
+            blocks = min(wanted_blocks, psutil.virtual_memory().available // 4 // size // sharing)
+    if rank is not None:
+        blocks = min(rank.agree("blocks", blocks))
     if blocks < 1:
         raise StartupError("no memory is left for KV blocks: choose a smaller model or --kv-blocks")
     return KvCache(model.config, blocks, settings.block_size, model.dtype, model.device)
@@ -63,18 +80,33 @@ def _max_model_len(settings: Settings, config: ModelConfig) -> int:
 
 
 async def _attach_staging(
-    settings: Settings, epoch: int, config: ModelConfig, way: Way, kv: KvCache
+    settings: Settings,
+    epoch: int,
+    config: ModelConfig,
+    way: Way,
+    kv: KvCache,
+    rank: Rank | None = None,
+    followers: Followers | None = None,
 ) -> KvStaging:
     # The kernels lay out a block in another way, and other weights make other keys and values.
     layout = "native" if way.library else "torch"
     meaning = f"{config}:{way.dtype}:{way.int8}:{layout}:{kv.block_size}"
-    staging = KvStaging(
+    worker_id = settings.worker_id
+    if rank is not None:
+        meaning += f":{rank.group.tp}x{rank.group.pp}"
+        worker_id += f"/{rank.group.rank}"  # each rank has a pool for its slice
+    arguments = (
         settings.kv_offload,
-        settings.worker_id,
+        worker_id,
         epoch,
         kv.as_bytes(),
         kv.block_size,
         hashlib.sha256(meaning.encode()).hexdigest()[:16],
+    )
+    staging = (
+        KvStaging(*arguments)
+        if followers is None
+        else GroupStaging(*arguments, followers=followers)
     )
     try:
         await staging.attach()
@@ -87,38 +119,71 @@ async def _attach_staging(
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, then serve until `stop` is set."""
     tls = load_tls(settings)
+    rank = None
+    if wanted(settings) > 1:
+        if "RANK" not in os.environ:
+            await launch(wanted(settings), stop)
+            return
+        rank = join(settings)
     folder = prepare(settings.model, progress=lambda line: log.info("model", step=line))
-    way = choose(
-        ModelConfig.from_folder(folder),
-        device=settings.device,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        cpu_kernels=settings.cpu_kernels,
-        block_size=settings.block_size,
-        threads=settings.threads,
-    )
-    model = load(folder, way, settings.block_size)
+    config = ModelConfig.from_folder(folder)
+    max_model_len = _max_model_len(settings, config)
+    model: Model | NativeModel
+    runs: ForwardModel
+    group: GroupModel | None = None
+    if rank is None:
+        way = choose(
+            config,
+            device=settings.device,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            cpu_kernels=settings.cpu_kernels,
+            block_size=settings.block_size,
+            threads=settings.threads,
+        )
+        runs = model = load(folder, way, settings.block_size)
+    else:
+        way = choose_way(settings, config, rank.group)
+        stage = load_stage(rank, settings, folder, way)
+        model = stage.model
+        runs = group = group_model(stage, folder)
     log.info("the model is loaded", folder=str(folder), runs=way.description)
-    max_model_len = _max_model_len(settings, model.config)
-    kv = _kv_cache(settings, model)
-    prefill, decode = measure(model, kv, settings.max_num_batched_tokens)
+    kv = _kv_cache(settings, model, rank)
     epoch = time.time_ns()
+    sizes = None
+    if rank is not None:
+        epoch = rank.agree("epoch", epoch)[0]
+        sizes = rank.agree("block_bytes", kv.block_bytes)
+        if rank.group.rank:
+            own = None
+            if settings.kv_offload:
+                own = await _attach_staging(settings, epoch, model.config, way, kv, rank)
+            await follow_group(rank, stage, kv, own)
+            return
 
     loop = asyncio.get_running_loop()
+    followers = None
+    if rank is not None:
+        followers = Followers(rank.group, lost)
+        await followers.start(rank.store)
+    prefill, decode = measure(runs, kv, settings.max_num_batched_tokens)
     metrics = Metrics(settings.served_model_name or folder.name, kv.block_size, kv.num_blocks)
+    if group is not None:
+        group.observe = metrics.communicated
     staging = None
     if settings.kv_offload:
-        staging = await _attach_staging(settings, epoch, model.config, way, kv)
+        staging = await _attach_staging(settings, epoch, model.config, way, kv, rank, followers)
     thread = EngineThread(loop)
     mover = StagingMover(thread, loop, staging, metrics)
     engine = Engine(
-        model,
+        runs,
         kv,
         mover,
-        eos_token_ids=frozenset(model.config.eos_token_ids),
+        eos_token_ids=frozenset(config.eos_token_ids),
         max_model_len=max_model_len,
-        vocab_size=model.config.vocab_size,
+        vocab_size=config.vocab_size,
     )
+    block_total = kv.block_bytes if sizes is None else sum(sizes)
     description = pb.DescribeResponse(
         worker_id=settings.worker_id,
         epoch=epoch,
@@ -129,13 +194,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         block_size=kv.block_size,
-        block_bytes=kv.block_bytes,
+        block_bytes=block_total,
         device_blocks=kv.num_blocks,
         host_blocks=staging.host_blocks if staging is not None else 0,
-        tensor_parallel_size=1,
-        pipeline_parallel_size=1,
-        vocab_size=model.config.vocab_size,
-        eos_token_ids=model.config.eos_token_ids,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
         prefill_cost=prefill,
         decode_cost=decode,
     )
@@ -161,6 +226,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await thread.stop()
         if staging is not None:
             await staging.close()
+        if rank is not None and followers is not None and group is not None:
+            rank.watchdog.stop()
+            if not thread.failure.done():
+                group.stop()
+            await followers.close()
 
 
 async def _until(stop: asyncio.Event, failure: asyncio.Future[None]) -> None:

@@ -269,6 +269,7 @@ class Engine:
             logit_rows=[
                 row for row, (job, n) in enumerate(work) if job.computed + n == len(job.tokens)
             ],
+            tops=[job.params.top for job, n in work if job.computed + n == len(job.tokens)],
         )
         sampling = [work[row][0] for row in batch.logit_rows]
         try:

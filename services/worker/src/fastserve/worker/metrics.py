@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -33,6 +34,14 @@ class Metrics:
             "fastserve_control_seconds",
             "Time between two iterations while rows were there to run: waiting for a plan, putting "
             "it in force (sum over that of fastserve_iteration_seconds: control overhead)",
+            buckets=_CONTROL_SECONDS,
+            registry=registry,
+        )
+        self.comm = Histogram(
+            "fastserve_comm_seconds",
+            "Time of an iteration that rank 0 spent in communication with other ranks, waiting for "
+            "slower ones included",
+            ["kind"],
             buckets=_CONTROL_SECONDS,
             registry=registry,
         )
@@ -85,6 +94,11 @@ class Metrics:
         self._prompt.inc(prefilled)
         self._generated.inc(len(iteration.sampled))
         self._iteration_tokens.observe(sum(new for _, new, _ in iteration.rows))
+
+    def communicated(self, seconds: Mapping[str, float]) -> None:
+        """Count the communication of one iteration, by kind."""
+        for kind, value in seconds.items():
+            self.comm.labels(kind).observe(value)
 
     def copied(self, direction: str, size: int, seconds: float) -> None:
         """Count a KV copy; direction is "out" or "in"."""

@@ -29,6 +29,15 @@ class Settings(RpcSettings):
         default="auto", description="auto, native (or fail) or torch (the slow reference)"
     )
     threads: int = Field(default=0, ge=0, description="CPU threads (0: all cores)")
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="ranks that share every layer (docs/parallel.md)"
+    )
+    pipeline_parallel_size: int = Field(
+        default=1, ge=1, description="stages that the layers are dealt to, each of so many ranks"
+    )
+    communication: str = Field(
+        default="auto", description="of ranks: auto, shared-memory or distributed (NCCL, gloo)"
+    )
     max_model_len: int | None = Field(
         default=None, ge=2, description="tokens of prompt and output (default: the model's limit)"
     )

@@ -30,5 +30,5 @@ def _prefill_s(group: Group, job: Job) -> float:
 
 def _decode_s(group: Group, job: Job) -> float:
     step_s = group.cost.decode_s
-    expected = max(group.mean_service_s - job.attained, step_s)
+    expected = max(group.policy.mean_service_s - job.attained, step_s)
     return min(expected, (job.max_len - job.known_len) * step_s)

@@ -66,6 +66,7 @@ class Scheduler:
         self._finish_gap_s = 0.0  # average time between two ends
         self._last_finish: float | None = None
         self._moves = Moves(self._groups, self._tell, self.counters)
+        self._past_kv_wait = (0.0, 0.0)  # of workers that are gone; see `kv_wait`
         self._reader = ReportReader(self._end, self._tell, self.counters)
 
     # --- workers -----------------------------------------------------------------------------
@@ -145,6 +146,8 @@ class Scheduler:
     def remove_worker(self, worker_id: str, now: float) -> None:
         """Its stream is gone. Its jobs go to other groups, or wait until one comes."""
         group = self._groups.pop(worker_id)
+        waited, ran = self._past_kv_wait
+        self._past_kv_wait = (waited + group.kv_wait_s, ran + group.row_s)
         for job in list(group.queue):
             was_running = job.state is JobState.RUNNING
             group.remove(job, over=False)
@@ -342,9 +345,13 @@ class Scheduler:
 
     def kv_wait(self) -> tuple[float, float]:
         """Seconds that jobs among the first of the order waited for KV on its way, and seconds of
-        execution, all jobs of the present workers together."""
+        execution (with a row), all jobs together. Neither ever falls."""
+        waited, ran = self._past_kv_wait
         groups = self._groups.values()
-        return sum(group.kv_wait_s for group in groups), sum(group.row_s for group in groups)
+        return (
+            waited + sum(group.kv_wait_s for group in groups),
+            ran + sum(group.row_s for group in groups),
+        )
 
     def level_depths(self) -> list[int]:
         """Waiting jobs per level."""

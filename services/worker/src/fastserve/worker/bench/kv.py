@@ -1,7 +1,8 @@
 """`python -m fastserve.worker.bench.kv`: how fast KV blocks move, against a plain memory copy.
 
 Everything is measured in turn in one run, round after round, so that a busy machine slows all
-alike; the median over the rounds is what counts. The pool is a file as the sidecar makes it.
+alike; the median over the rounds is what counts. The pool is a file as the sidecar makes it, blocks
+are those of the model. Then: what copies do to the model's iterations (`kv_beside.py`).
 """
 
 from __future__ import annotations
@@ -9,42 +10,45 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
 
-from fastserve.worker.model.kv_cache import zero_bytes
+from fastserve.common.errors import StartupError
+from fastserve.worker.bench.kv_beside import BLOCK, CONTEXT, ROWS, Decodes, slowdowns
+from fastserve.worker.model.choose import choose, load
+from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.files import DEFAULT_MODEL, prepare
+from fastserve.worker.model.kv_cache import KvCache, block_bytes
 from fastserve.worker.staging.copier import Copier
 from fastserve.worker.staging.host_pool import HostPool
 
 _PAGE = 4096
+_FEWEST = 256  # blocks
 
 
 class Bench:
-    """`blocks` blocks of `block_bytes`, moved in random order between device and pool."""
+    """The blocks of `kv` (uint8 [blocks, block_bytes]), moved in random order to a pool in `folder`
+    and back."""
 
-    def __init__(
-        self, blocks: int, block_bytes: int, folder: Path, device: str, small_pages: bool
-    ) -> None:
+    def __init__(self, kv: torch.Tensor, folder: Path) -> None:
+        self.kv = kv
+        blocks, block_bytes = kv.shape
         self.size = blocks * block_bytes
         slot = -(-block_bytes // _PAGE) * _PAGE
         with tempfile.NamedTemporaryFile(dir=folder, prefix="fastserve-bench-") as file:
             os.posix_fallocate(file.fileno(), 0, blocks * slot)
             self.pool = HostPool(Path(file.name), blocks * slot, slot, blocks)
         begun = time.perf_counter()
-        self.pool.prepare(torch.device(device))
+        self.pool.prepare(kv.device)
         self.prepared = time.perf_counter() - begun
-        zeros = zero_bytes(self.size, torch.device(device))
-        if small_pages:
-            zeros = torch.zeros(self.size, dtype=torch.uint8)
-        self.kv = zeros.view(blocks, block_bytes)
         self.kv.random_(0, 256)
         self.plain_source = np.random.default_rng(0).integers(0, 256, self.size, np.uint8)
         self.plain_target = np.zeros(self.size, np.uint8)
@@ -74,6 +78,17 @@ class Bench:
         for wait in [lane.out(b, self.pool.slots[s, :width]) for b, s in pairs]:
             wait()
 
+    def out_plainly(self) -> None:
+        """Block by block as a plain copy does it."""
+        width = self.kv.shape[1]
+        for block, slot in zip(self.blocks, self.slots, strict=True):
+            torch.from_numpy(self.pool.slots[slot, :width]).copy_(self.kv[block])
+
+    def one_out(self, blocks: Sequence[int], number: int) -> None:
+        """One of `blocks`, with its checksum."""
+        block = blocks[number % len(blocks)]
+        self.copier.out(self.pool, [block], [block])
+
     def back(self) -> None:
         assert self.copier.back(self.pool, self.slots, self.blocks, self.checksums)
 
@@ -92,6 +107,7 @@ def rates(bench: Bench, rounds: int) -> dict[str, list[float]]:
         "plain copy, ordinary memory": bench.plain,
         "plain copy, device to host": bench.whole_out,
         "plain copy, host to device": bench.whole_back,
+        "device to host, block by block": bench.out_plainly,
         "device to host": bench.out_unchecked,
         "device to host, checksum": bench.out,
         "host to device": bench.back_unchecked,
@@ -109,80 +125,60 @@ def rates(bench: Bench, rounds: int) -> dict[str, list[float]]:
     return seen
 
 
-class Iterations:
-    """A stand-in for decode iterations of a small model: one thread, products and some Python."""
-
-    def __init__(self) -> None:
-        self._weight = torch.randn(16, 576, 1536)
-        self._rows = torch.randn(8, 576)
-
-    def run(self) -> float:
-        """Seconds of one iteration."""
-        begun = time.perf_counter()
-        for layer in self._weight:
-            (self._rows @ layer).relu_()
-            sum(range(500))  # what a scheduler's plan costs in between
-        return time.perf_counter() - begun
-
-
-def slowdown(bench: Bench, rounds: int) -> tuple[float, float, float]:
-    """Median seconds of an iteration: alone, with half a block going out in each, as when every
-    block of 8 rows is written through, and beside copies that never pause."""
-    iterations, stop = Iterations(), threading.Event()
-
-    def copy() -> None:
-        while not stop.is_set():
-            bench.out()
-
-    alone, some, full = [], [], []
-    with ThreadPoolExecutor(1) as copies:
-        for _ in range(rounds):
-            alone += [iterations.run() for _ in range(6)]
-            for number in range(6):
-                if number % 2:
-                    copies.submit(bench.copier.out, bench.pool, [number], [number])
-                some.append(iterations.run())
-            stop.clear()
-            copying = copies.submit(copy)
-            full += [iterations.run() for _ in range(6)]
-            stop.set()
-            copying.result()
-    return statistics.median(alone), statistics.median(some), statistics.median(full)
-
-
 def _share(values: list[float], others: list[float]) -> str:
     """Compared round by round: what disturbs one of a round mostly disturbs both."""
     share = statistics.median(v / other for v, other in zip(values, others, strict=True))
     return f"{share:13.0%}"
 
 
-def main() -> None:
+def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--block-bytes", type=int, default=737280, help="SmolLM2-135M in fp32")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, .gguf file or the default")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--threads", type=int, default=0, help="of the model (0: all cores)")
     parser.add_argument("--megabytes", type=int, default=256, help="to move in one operation")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of copies")
+    parser.add_argument(
+        "--iteration-rounds", type=int, default=60, help="of iterations beside copies (0: none)"
+    )
     parser.add_argument("--pool-dir", type=Path, default=Path("/dev/shm"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small-pages", action="store_true", help="4 KiB pages for the KV cache")
     asked = parser.parse_args()
-    torch.set_num_threads(1)  # as many as the copy thread is
-    blocks = max(16, (asked.megabytes << 20) // asked.block_bytes)
-    bench = Bench(blocks, asked.block_bytes, asked.pool_dir, asked.device, asked.small_pages)
-    print(f"{blocks} blocks of {asked.block_bytes} bytes, {asked.rounds} rounds, {asked.device}")
+    try:
+        folder = prepare(asked.model, progress=lambda line: print(line, file=sys.stderr))
+        config = ModelConfig.from_folder(folder)
+        way = choose(config, device=asked.device, dtype=asked.dtype, threads=asked.threads)
+        model = load(folder, way)
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return 2
+    each = block_bytes(config, BLOCK, way.dtype)
+    kv = KvCache(
+        config, max(_FEWEST, (asked.megabytes << 20) // each), BLOCK, way.dtype, way.device
+    )
+    bench = Bench(kv.as_bytes(), asked.pool_dir)
+    print(f"{folder.name}: {way.description}")
+    print(f"{kv.num_blocks} blocks of {each} bytes, {asked.rounds} rounds")
     print(f"mapping the pool before use: {bench.prepared * 1e3:.0f} ms")
     seen = rates(bench, asked.rounds)
-    print(f"{'':28}{'median GB/s':>12}{'best':>8}{'of the same':>13}{'of ordinary':>13}")
+    print(f"{'':32}{'median GB/s':>12}{'best':>8}{'of the same':>13}{'of ordinary':>13}")
     for name, values in seen.items():
-        print(f"{name:28}{statistics.median(values):12.2f}{max(values):8.2f}", end="")
+        print(f"{name:32}{statistics.median(values):12.2f}{max(values):8.2f}", end="")
         direction = "host to device" if name.startswith("host") else "device to host"
         print(_share(values, seen[f"plain copy, {direction}"]), end="")
         print(_share(values, seen["plain copy, ordinary memory"]))
-    alone, some, full = slowdown(bench, asked.rounds)
-    print(f"an iteration: alone {alone * 1e3:.1f} ms", end="")
-    print(f", with half a block going out {some * 1e3:.1f} ms ({some / alone - 1:+.1%})", end="")
-    print(f", beside copies without a pause {full * 1e3:.1f} ms ({full / alone - 1:+.1%})")
+    if asked.iteration_rounds:
+        kv.data.zero_()
+        decodes = Decodes(model, kv)
+        unused = range(decodes.blocks, kv.num_blocks)
+        copy = partial(bench.one_out, unused)
+        alone, found = slowdowns(decodes, copy, asked.iteration_rounds)
+        print(f"an iteration of {ROWS} rows, {CONTEXT} tokens each: {alone * 1e3:.2f} ms; beside")
+        for one in found:
+            print(f"  {one.name:20}{one.share:+8.2%}   (95 %: {one.low:+.2%} to {one.high:+.2%})")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

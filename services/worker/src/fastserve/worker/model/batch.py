@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,8 @@ class Batch:
         stand at positions context_lens[r] - query_lens[r] and up.
     block_tables: R lists of device blocks that hold at least context_lens[r] tokens.
     logit_rows: rows whose last token's logits are wanted, ascending.
+    tops: how many of the likeliest tokens each of these needs to know, 0: all (also if empty). A
+        group of ranks leaves the other logits out (-inf); one process has them anyhow.
     """
 
     token_ids: list[int]
@@ -22,3 +24,4 @@ class Batch:
     context_lens: list[int]
     block_tables: list[list[int]]
     logit_rows: list[int]
+    tops: list[int] = field(default_factory=list)

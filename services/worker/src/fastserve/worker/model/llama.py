@@ -7,6 +7,7 @@ sliding window.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def _own(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class Model:
     """A decoder with its weights, on one device in one dtype."""
 
@@ -86,9 +91,29 @@ class Model:
 
         K and V of all new tokens are in `kv` afterwards.
         """
+        attention = PagedAttention(batch, kv, self.config)
+        x = self.layers(self.embed(batch), attention)
+        if not batch.logit_rows:
+            return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        return self.logits(x, attention)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """[T, hidden]"""
+        return self.rows(torch.tensor(batch.token_ids, device=self.device))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [T, hidden] of the embedding, of which a shard has a part."""
+        return self._embedding[ids]
+
+    def layers(
+        self,
+        x: torch.Tensor,
+        attention: PagedAttention,
+        reduce: Callable[[torch.Tensor], torch.Tensor] = _own,
+    ) -> torch.Tensor:
+        """All layers that this model has, on x [T, hidden]. reduce: makes a shard's products
+        [T, hidden] those of the whole model."""
         config = self.config
-        attention = PagedAttention(batch, kv, config)
-        x = self._embedding[torch.tensor(batch.token_ids, device=self.device)]
         cos = self._cos[attention.positions][:, None].to(self.dtype)
         sin = self._sin[attention.positions][:, None].to(self.dtype)
         sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
@@ -99,13 +124,14 @@ class Model:
             if layer.query_norm is not None and layer.key_norm is not None:
                 q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
             attended = attention(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-            x = x + layer.output(attended)
+            x = x + reduce(layer.output(attended))
             gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        last = x[attention.logit_tokens]
-        if not batch.logit_rows:
-            return last.new_empty(0, config.vocab_size, dtype=torch.float32)
-        return self._head(self._norm(last, self._final_norm)).float()
+            x = x + reduce(layer.down(F.silu(gate) * up))
+        return x
+
+    def logits(self, x: torch.Tensor, attention: PagedAttention) -> torch.Tensor:
+        """float32 logits of the rows that want them, from the hidden states x [T, hidden]."""
+        return self._head(self._norm(x[attention.logit_tokens], self._final_norm)).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import structlog
 import torch
 
 from fastserve.worker.model.backend import Int8Linear, Linear
@@ -12,23 +13,40 @@ from fastserve.worker.model.llama import Layer, Model
 from fastserve.worker.model.native import NativeModel
 from fastserve.worker.model.weights import LayerWeights, Matrix, Weights
 from fastserve.worker.native.library import Library
+from fastserve.worker.parallel.shards import Shard
+
+log = structlog.get_logger(__name__)
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, int8: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    int8: bool = False,
+    shard: Shard | None = None,
 ) -> Model:
     """Load a prepared folder for PyTorch. int8: quantise the weights, and the inputs of products.
+    shard: load that part alone; its model's embedding and head are empty where it has none.
 
     Raises `ModelError` for missing, truncated or ill-shaped weights.
     """
     config = ModelConfig.from_folder(folder)
-    weights = Weights(folder, config, dtype, device)
+    weights = Weights(folder, config, dtype, device, shard)
     linear = Int8Linear if int8 else Linear
-    embedding = weights.embedding()
-    layers = [_layer(weights.layer(i), linear) for i in range(config.num_layers)]
+    nothing = torch.empty(0, config.hidden_size, dtype=dtype, device=device)
+    first, last = (shard.first, shard.last) if shard else (True, True)
+    embedding = weights.embedding() if first else nothing
+    numbers = shard.layers if shard else range(config.num_layers)
+    layers = [_layer(weights.layer(i), linear) for i in numbers]
     final_norm = weights.final_norm()
-    head = weights.head()
-    return Model(config, embedding, layers, final_norm, linear(embedding if head is None else head))
+    head = weights.head() if last else nothing
+    if head is None:
+        head = embedding if first else weights.embedding()
+    if shard is not None:
+        log.info("a shard is loaded", bytes_read=weights.bytes_read, layers=str(numbers))
+        config = shard.config(config)
+    return Model(config, embedding, layers, final_norm, linear(head))
 
 
 def load_native(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 _MASK = (1 << 64) - 1
+_FEW = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,14 @@ class SamplingParams:
     def plain_greedy(self) -> bool:
         """Whether the likeliest token is the answer, with nothing else to do."""
         return self.temperature == 0.0 and not self.changes_logits and self.logprobs is None
+
+    @property
+    def top(self) -> int:
+        """How many of the likeliest tokens the choice depends on; 0: all of them."""
+        if self.plain_greedy:
+            return 1
+        few = self.temperature > 0 and 0 < self.top_k <= _FEW
+        return self.top_k if few and not self.changes_logits and self.logprobs is None else 0
 
     @property
     def changes_logits(self) -> bool:

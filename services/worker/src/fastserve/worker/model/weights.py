@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.errors import ModelError
 from fastserve.worker.model.files import weight_files
+from fastserve.worker.parallel.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,16 @@ class Weights:
     """
 
     def __init__(
-        self, folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+        self,
+        folder: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard | None = None,
     ) -> None:
-        self._config = config
+        """config: of the whole model. shard: read nothing else of it."""
+        self._config, self._shard = config, shard
+        self.bytes_read = 0
         self._dtype, self._device = dtype, device
         self._where: dict[str, tuple[Path, Any]] = {}
         self._folder = folder
@@ -59,58 +67,100 @@ class Weights:
 
     def embedding(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[vocab, hidden]"""
-        config = self._config
-        shape = (config.vocab_size, config.hidden_size)
-        return self._take("model.embed_tokens.weight", *shape, dtype=dtype)
+        return self._vocabulary("model.embed_tokens.weight", dtype)
 
     def head(self) -> torch.Tensor | None:
         """[vocab, hidden]; None if it is the embedding."""
-        config = self._config
-        if config.tie_word_embeddings or "lm_head.weight" not in self._where:
+        if self._config.tie_word_embeddings or "lm_head.weight" not in self._where:
             return None
-        return self._take("lm_head.weight", config.vocab_size, config.hidden_size)
+        return self._vocabulary("lm_head.weight")
 
     def final_norm(self) -> torch.Tensor:
         """[hidden]"""
         return self._take("model.norm.weight", self._config.hidden_size)
 
     def layer(self, index: int) -> LayerWeights:
-        """Layer `index`, counted from 0."""
-        config, prefix = self._config, f"model.layers.{index}"
+        """Layer `index` of the whole model, counted from 0."""
+        config, prefix, shard = self._config, f"model.layers.{index}", self._shard
         hidden, dim, middle = config.hidden_size, config.head_dim, config.intermediate_size
         queries, keys = config.num_heads * dim, config.num_kv_heads * dim
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        qkv = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
+        q = _features(shard.heads, dim) if shard else range(queries)
+        kv = _features(shard.kv_heads, dim) if shard else range(keys)
+        mid = shard.middle if shard else range(middle)
+        qkv = [("q_proj", queries, q), ("k_proj", keys, kv), ("v_proj", keys, kv)]
         return LayerWeights(
             input_norm=self._take(f"{prefix}.input_layernorm.weight", hidden),
             qkv=self._stacked(attention, qkv, hidden, bias=config.qkv_bias),
             query_norm=self._take(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
             key_norm=self._take(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
-            output=self._stacked(attention, [("o_proj", hidden)], queries, bias=config.output_bias),
+            output=self._row_parallel(
+                f"{attention}.o_proj", hidden, queries, q, bias=config.output_bias
+            ),
             post_norm=self._take(f"{prefix}.post_attention_layernorm.weight", hidden),
             gate_up=self._stacked(
-                mlp, [("gate_proj", middle), ("up_proj", middle)], hidden, bias=False
+                mlp, [("gate_proj", middle, mid), ("up_proj", middle, mid)], hidden, bias=False
             ),
-            down=self._stacked(mlp, [("down_proj", hidden)], middle, bias=False),
+            down=self._row_parallel(f"{mlp}.down_proj", hidden, middle, mid, bias=False),
         )
 
-    def _take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def _take(
+        self,
+        name: str,
+        *shape: int,
+        rows: range | None = None,
+        columns: range | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The tensor, or these rows or columns of it. shape: of the whole tensor."""
         if name not in self._where:
             raise ModelError(f"{self._folder}: the weights lack the tensor {name}")
         file, opened = self._where[name]
-        tensor: torch.Tensor = opened.get_tensor(name)
-        if tensor.shape != shape:
+        part = opened.get_slice(name)
+        if tuple(part.get_shape()) != shape:
             raise ModelError(
-                f"{file}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}"
+                f"{file}: {name} has shape {part.get_shape()}, config.json says {list(shape)}"
             )
+        if columns is not None and len(columns) < shape[1]:
+            tensor: torch.Tensor = part[:, columns.start : columns.stop]
+        elif rows is not None and len(rows) < shape[0]:
+            tensor = part[rows.start : rows.stop]
+        else:
+            tensor = opened.get_tensor(name)
+        self.bytes_read += tensor.nbytes
         return tensor.to(self._device, dtype or self._dtype)
 
+    def _vocabulary(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        config = self._config
+        rows = self._shard.vocab if self._shard else None
+        return self._take(name, config.vocab_size, config.hidden_size, rows=rows, dtype=dtype)
+
     def _stacked(
-        self, prefix: str, parts: list[tuple[str, int]], inputs: int, *, bias: bool
+        self, prefix: str, parts: list[tuple[str, int, range]], inputs: int, *, bias: bool
     ) -> Matrix:
-        """One product for several weights [rows, inputs]."""
-        names = [(f"{prefix}.{name}", rows) for name, rows in parts]
-        weight = torch.cat([self._take(f"{name}.weight", rows, inputs) for name, rows in names])
+        """One product for several weights (name, outputs, those wanted)."""
+        named = [(f"{prefix}.{name}", count, rows) for name, count, rows in parts]
+        weight = torch.cat(
+            [self._take(f"{name}.weight", count, inputs, rows=rows) for name, count, rows in named]
+        )
         if not bias:
             return Matrix(weight)
-        return Matrix(weight, torch.cat([self._take(f"{name}.bias", rows) for name, rows in names]))
+        return Matrix(
+            weight,
+            torch.cat(
+                [self._take(f"{name}.bias", count, rows=rows) for name, count, rows in named]
+            ),
+        )
+
+    def _row_parallel(
+        self, name: str, outputs: int, inputs: int, columns: range, *, bias: bool
+    ) -> Matrix:
+        """Products of some of the inputs; one shard of all adds the bias."""
+        weight = self._take(f"{name}.weight", outputs, inputs, columns=columns)
+        if not bias or (self._shard is not None and not self._shard.bias):
+            return Matrix(weight)
+        return Matrix(weight, self._take(f"{name}.bias", outputs))
+
+
+def _features(heads: range, dim: int) -> range:
+    return range(heads.start * dim, heads.stop * dim)

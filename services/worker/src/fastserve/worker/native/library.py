@@ -88,6 +88,16 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fs_model_embedding": (None, (c.c_void_p, c.c_int, c.c_void_p)),
     "fs_model_rope": (None, (c.c_void_p, c.c_void_p, c.c_void_p)),
     "fs_model_forward": (c.c_int, (c.c_void_p, c.POINTER(NativeBatch))),
+    "fs_ranks_sum": (
+        None,
+        (
+            *(c.c_void_p, c.c_int, c.c_int, c.c_int),
+            *(c.POINTER(c.c_uint32), c.c_void_p, c.c_int64),
+        ),
+    ),
+    "fs_ranks_send": (None, (c.c_void_p, c.c_int, c.c_void_p, c.c_int64)),
+    "fs_ranks_receive": (None, (c.c_void_p, c.c_int, c.c_void_p, c.c_int64)),
+    "fs_copy": (None, (c.c_void_p, c.c_void_p, c.c_size_t)),
 }
 
 

@@ -2,7 +2,7 @@
 
 Called in the copy thread only: one call moves all blocks of an operation. The interpreter lock is
 released during each block's copy and checksum, so the engine thread goes on meanwhile. The checksum
-is computed right after (or before) the copy of the same block, while that is in the cache.
+is computed right after (or before) the copy of the same block, of the bytes that are in the cache.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+import structlog
 import torch
 import xxhash
 
+from fastserve.worker.native.build import NativeError
+from fastserve.worker.native.library import best_library
 from fastserve.worker.staging.host_pool import Bytes, HostPool
 
+log = structlog.get_logger(__name__)
 Wait = Callable[[], object]
 
 
@@ -28,6 +32,9 @@ class Lane(Protocol):
 
     def back(self, slot: Bytes, block: int) -> Wait: ...
 
+    def sent(self, block: int, slot: Bytes) -> Bytes:
+        """What a copy out that is over has moved, from where it is read soonest."""
+
 
 class CpuLane:
     """The device is memory too. A copy out is made when it is waited for, just before its checksum;
@@ -35,17 +42,36 @@ class CpuLane:
 
     def __init__(self, kv: torch.Tensor) -> None:
         self._kv: Bytes = kv.numpy()
+        self._copy = _fastest_copy()
 
     def out(self, block: int, slot: Bytes) -> Wait:
-        return partial(np.copyto, slot, self._kv[block])
+        return partial(self._copy, slot, self._kv[block])
 
     def back(self, slot: Bytes, block: int) -> Wait:
-        np.copyto(self._kv[block], slot)
+        self._copy(self._kv[block], slot)
         return _nothing
+
+    def sent(self, block: int, slot: Bytes) -> Bytes:
+        source: Bytes = self._kv[block]  # its copy went past the cache
+        return source
 
 
 def _nothing() -> None:
     pass
+
+
+def _fastest_copy() -> Callable[[Bytes, Bytes], None]:
+    """Into the first from the second, contiguous and of one size."""
+    try:
+        library = best_library()
+    except NativeError as error:
+        log.info("no kernels: KV blocks are copied by numpy, slower", reason=str(error))
+        return np.copyto
+
+    def copy(into: Bytes, source: Bytes) -> None:
+        library.call("fs_copy", into.ctypes.data, source.ctypes.data, into.nbytes)
+
+    return copy
 
 
 class CudaLane:
@@ -61,6 +87,9 @@ class CudaLane:
 
     def back(self, slot: Bytes, block: int) -> Wait:
         return _copy(self._back, self._kv[block], torch.from_numpy(slot))
+
+    def sent(self, block: int, slot: Bytes) -> Bytes:
+        return slot
 
 
 def _copy(stream: torch.cuda.Stream, into: torch.Tensor, source: torch.Tensor) -> Wait:
@@ -84,9 +113,9 @@ class Copier:
         views = [pool.slots[slot, : self._bytes] for slot in slots]
         waits = [self.lane.out(block, view) for block, view in zip(blocks, views, strict=True)]
         checksums = []
-        for wait, view in zip(waits, views, strict=True):
+        for wait, block, view in zip(waits, blocks, views, strict=True):
             wait()
-            checksums.append(xxhash.xxh3_64_intdigest(view.data))
+            checksums.append(xxhash.xxh3_64_intdigest(self.lane.sent(block, view).data))
         return checksums
 
     def back(

@@ -3,6 +3,7 @@
 #include <exception>
 #include <string>
 
+#include "copy.h"
 #include "model.h"
 
 using namespace fastserve;
@@ -66,6 +67,10 @@ int fs_model_forward(Model* model, const Batch* batch) {
             return 0;
         },
         -1);
+}
+
+void fs_copy(void* to, const void* from, size_t bytes) {
+    copy(static_cast<char*>(to), static_cast<const char*>(from), bytes);
 }
 
 }  // extern "C"

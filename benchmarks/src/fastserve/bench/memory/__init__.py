@@ -1,0 +1,1 @@
+"""`fastserve bench memory`: KV caches when the device is full, strategy by strategy."""

@@ -1,0 +1,1 @@
+"""A worker group of tensor x pipeline parallel ranks (docs/parallel.md)."""

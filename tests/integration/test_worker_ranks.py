@@ -1,0 +1,130 @@
+"""Groups of ranks, as processes: the tokens of one process, and what happens when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support.pod import Pod
+from support.prompts import PROMPTS
+from support.tiny_models import VOCAB, tiny_model
+from support.worker_driver import DROP_DEVICE, OFFLOAD, OK, UPLOAD, WorkerDriver
+
+PROMPTS_OF_BYTES = [[2 + byte % (VOCAB - 2) for byte in text.encode()[:40]] for text in PROMPTS]
+COUNT = 12  # tokens of an answer
+ENOUGH = 48  # blocks on the device, for four jobs
+NINE_HEADS = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}
+FOUR_KV_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+# Penalties and log-probabilities want whole rows, top_k some candidates, greedy one.
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 0.9, "seed": 5, "top_k": 9},
+    {"temperature": 0.8, "seed": 77, "top_p": 0.95},
+]
+
+
+async def answers(pod: Pod, prompts: list[list[int]]) -> dict[str, list[int]]:
+    """Four jobs at a time in one batch, all of them interrupted: their KV leaves and comes back."""
+    async with pod.driver() as driver:
+        for first in range(0, len(prompts), 4):
+            names = [
+                driver.job(f"j{at}", prompts[at], max_tokens=COUNT, **WAYS[at % 4])
+                for at in range(first, min(first + 4, len(prompts)))
+            ]
+            await _run(driver, names, COUNT // 2)
+            for name in names:
+                assert (await driver.op(OFFLOAD, name)).status == OK
+            for name in reversed(names):
+                assert (await driver.op(UPLOAD, name)).status == OK
+            await _run(driver, names, COUNT)
+            for name in names:
+                await driver.op(DROP_DEVICE, name)
+        assert not driver.failed
+        return driver.output
+
+
+async def _run(driver: WorkerDriver, names: list[str], count: int) -> None:
+    """Until each job has `count` tokens or a few more; a prefill goes in chunks of 16."""
+    while short := [name for name in names if len(driver.output[name]) < count]:
+        before = driver.iterations
+        await driver.plan(dict.fromkeys(short, 16), lease=1)
+        await driver.until(lambda before=before: driver.iterations > before)  # type: ignore[misc]
+
+
+def _pod(
+    folder: Path, model: Path, stack: contextlib.ExitStack, *flags: str, ranks: int = 1
+) -> Pod:
+    folder.mkdir(exist_ok=True)
+    return Pod(folder, model, stack, ENOUGH, 64, worker_flags=flags, ranks=ranks)
+
+
+async def _single(folder: Path, model: Path, prompts: list[list[int]]) -> dict[str, list[int]]:
+    with contextlib.ExitStack() as stack:
+        return await answers(_pod(folder, model, stack, "--cpu-kernels=torch"), prompts)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "changes", "flags"),
+    [
+        (3, 1, NINE_HEADS, ()),
+        (2, 2, NINE_HEADS, ()),
+        pytest.param(2, 1, FOUR_KV_HEADS, (), marks=pytest.mark.slow),
+        pytest.param(4, 1, {}, (), marks=pytest.mark.slow),  # 2 KV heads: replicated
+        pytest.param(1, 2, {}, (), marks=pytest.mark.slow),
+        pytest.param(1, 3, {}, (), marks=pytest.mark.slow),
+        pytest.param(2, 2, {}, ("--communication=distributed",), marks=pytest.mark.slow),
+    ],
+)
+async def test_a_group_gives_the_tokens_of_one_process(
+    tmp_path: Path, tp: int, pp: int, changes: dict[str, Any], flags: tuple[str, ...]
+) -> None:
+    model = tmp_path / "model"
+    tiny_model(model, **changes)
+    prompts = PROMPTS_OF_BYTES[:8]
+    expected = await _single(tmp_path / "one", model, prompts)
+    with contextlib.ExitStack() as stack:
+        shape = (f"--tensor-parallel-size={tp}", f"--pipeline-parallel-size={pp}")
+        pod = _pod(tmp_path / "group", model, stack, *shape, *flags, ranks=tp * pp)
+        assert await answers(pod, prompts) == expected
+        kinds = {name for name in pod.metrics() if name.startswith("fastserve_comm_seconds_count")}
+        assert ("reduce" in str(kinds)) and "plan" in str(kinds)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_rank_that_is_lost_takes_the_group_down_and_jobs_go_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    model = tmp_path / "model"
+    tiny_model(model)
+    prompts = PROMPTS_OF_BYTES[:1]
+    with contextlib.ExitStack() as stack:
+        pod = _pod(tmp_path / "group", model, stack, "--tensor-parallel-size=2", ranks=2)
+        async with pod.driver() as driver:
+            name = driver.job("a", prompts[0], temperature=0.0)
+            expected = list(await driver.generate(name, 60))
+        async with pod.driver() as driver:
+            driver.job("b", prompts[0], temperature=0.0)
+            await driver.plan({"b": 64}, lease=60)
+            await driver.until(lambda: len(driver.output["b"]) >= 5)
+            launcher = psutil.Process(pod.worker.process.pid)
+            ranks = launcher.children()
+            assert len(ranks) == 2
+            ranks[1].send_signal(number)
+            began = time.monotonic()
+            # Under load: iterations go on until the loss is noticed.
+            gone, alive = await asyncio.to_thread(psutil.wait_procs, [launcher, *ranks], 5.0)
+            assert not alive, (gone, alive)
+            assert time.monotonic() - began < 5.0
+            output = driver.output
+        pod.start_worker()
+        async with pod.driver(output) as driver:
+            driver.job("b", prompts[0], temperature=0.0)
+            assert await driver.generate("b", 60) == expected
