@@ -28,7 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIEnvironment
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -94,7 +94,7 @@ def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> int:
 
     Raises OSError when the port is taken.
     """
-    app = make_wsgi_app(registry)
+    app: WSGIApplication = make_wsgi_app(registry)
 
     def in_text_format(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         # In OpenMetrics, which Prometheus asks for, the library writes vllm_ for vllm:.
@@ -102,7 +102,7 @@ def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> int:
         return app(environ, start_response)
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    server_class = type("_Server", (_MetricsServer,), {"address_family": family})
+    server_class: type[WSGIServer] = type("_", (_MetricsServer,), {"address_family": family})
     server = make_server(host, port, in_text_format, server_class, _SilentHandler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server.server_port
