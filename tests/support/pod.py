@@ -55,6 +55,8 @@ class Pod:
         flags += ["--block-size", str(self.block), "--kv-blocks", str(self.device_blocks)]
         flags += ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--threads", "1"]
         flags += ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128"]
+        # Without a scheduler, jobs that are left would be waited for.
+        flags += ["--shutdown-timeout", "1"]
         flags += self.worker_flags
         self.worker = self.stack.enter_context(service("fastserve.worker", self.folder, *flags))
         return self.worker

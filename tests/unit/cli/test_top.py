@@ -202,6 +202,9 @@ class _Servicer(scheduler_pb2_grpc.SchedulerServiceServicer):
     def Serve(self, request_iterator: Any, context: Any) -> Any:
         raise NotImplementedError
 
+    def Drain(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError
+
 
 class _Standby(_Servicer):
     def Snapshot(self, request: Any, context: Any) -> Any:

@@ -42,15 +42,16 @@ class StubScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def Serve(  # type: ignore[override]  # the stubs do not know writing to the context
         self, request_iterator: Any, context: aio.ServicerContext[Any, Any]
     ) -> None:
+        await context.read()  # Hello
         welcome = scheduler_pb2.Welcome(
             epoch=1,
+            shard="0",  # where a gateway looks unless told otherwise
             ready=True,
             model="stub",
             max_model_len=_LONGEST,
             max_job_tokens=_LONGEST,
             durable=True,
         )
-        await context.read()  # Hello
         await context.write(scheduler_pb2.ServeResponse(welcome=welcome))
         jobs: dict[int, _Job] = {}
         talking = asyncio.ensure_future(self._talk(context, jobs))
