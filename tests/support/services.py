@@ -66,7 +66,7 @@ def http_paths() -> set[str]:
 def metrics() -> dict[str, set[str]]:
     """Series as Prometheus names them -> labels, of all services together."""
     known: dict[str, set[str]] = {}
-    for registry, extra in _registries():
+    for _, registry, extra in _registries():
         for collector in list(registry._collector_to_names):
             assert isinstance(collector, MetricWrapperBase), collector
             labels = {*collector._labelnames, *extra}
@@ -75,17 +75,31 @@ def metrics() -> dict[str, set[str]]:
     return known
 
 
-def _registries() -> Iterator[tuple[CollectorRegistry, tuple[str, ...]]]:
+def metrics_table(service: str) -> list[str]:
+    """Lines of a Markdown table: name, kind, labels, meaning."""
+    lines = ["| metric | kind | labels | meaning |", "| --- | --- | --- | --- |"]
+    for name, registry, _ in _registries():
+        for collector in registry._collector_to_names if name == service else ():
+            assert isinstance(collector, MetricWrapperBase), collector
+            series = _series(collector)[0].removesuffix("_bucket")
+            labels = ", ".join(collector._labelnames)
+            words = (series, collector._type, labels, collector._documentation.replace("|", "\\|"))
+            lines.append("| `{}` | {} | {} | {} |".format(*words))
+    return lines
+
+
+def _registries() -> Iterator[tuple[str, CollectorRegistry, tuple[str, ...]]]:
+    """Service, its metrics, and the labels that are added to all of them."""
     gateway = CollectorRegistry()
     GatewayMetrics(gateway)
-    yield gateway, ()
+    yield "gateway", gateway, ()
     scheduler = CollectorRegistry()
     SchedulerMetrics(scheduler)
-    yield scheduler, ("shard",)  # `NamesShard` adds it
-    yield WorkerMetrics("m", 16, 1).registry, ()
+    yield "scheduler", scheduler, ("shard",)  # `NamesShard` adds it
+    yield "worker", WorkerMetrics("m", 16, 1).registry, ()
     sidecar = KvMetrics()
     sidecar.watch(list)
-    yield sidecar.registry, ()
+    yield "kv-offload", sidecar.registry, ()
 
 
 def _series(collector: MetricWrapperBase) -> list[str]:

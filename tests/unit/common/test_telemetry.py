@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import httpx
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
+from prometheus_client import CollectorRegistry, Gauge
 
 from fastserve.common.telemetry import (
     configure_logging,
     configure_tracing,
     context_from,
+    serve_metrics,
     traceparent_of,
 )
 
@@ -36,3 +39,22 @@ def test_tracing_is_off_without_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> 
 def test_unknown_log_level_is_refused() -> None:
     with pytest.raises(ValueError, match="'loud' is not one of debug, info, warning, error"):
         configure_logging("test", "loud")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_names_with_a_colon_reach_prometheus(host: str) -> None:
+    """Prometheus asks for OpenMetrics, in which the library would write vllm_."""
+    registry = CollectorRegistry()
+    Gauge("vllm:num_requests_running", "Rows", registry=registry).set(3)
+    port = serve_metrics(registry, host, 0)
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+    answer = httpx.get(url, headers={"Accept": accept}, timeout=10, trust_env=False)
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "\nvllm:num_requests_running 3.0\n" in answer.text
+
+
+def test_a_taken_metrics_port() -> None:
+    port = serve_metrics(CollectorRegistry(), "127.0.0.1", 0)
+    with pytest.raises(OSError, match="in use"):
+        serve_metrics(CollectorRegistry(), "127.0.0.1", port)

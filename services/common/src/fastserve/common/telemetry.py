@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
-from collections.abc import Mapping
-from typing import Any
+import threading
+from collections.abc import Iterable, Mapping
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import structlog
 from opentelemetry import trace
@@ -21,7 +25,10 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -87,8 +94,27 @@ def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> int:
 
     Raises OSError when the port is taken.
     """
-    server, _ = start_http_server(port, addr=host, registry=registry)
-    return int(server.server_port)
+    app: WSGIApplication = make_wsgi_app(registry)
+
+    def in_text_format(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        # In OpenMetrics, which Prometheus asks for, the library writes vllm_ for vllm:.
+        environ.pop("HTTP_ACCEPT", None)
+        return app(environ, start_response)
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server_class: type[WSGIServer] = type("_", (_MetricsServer,), {"address_family": family})
+    server = make_server(host, port, in_text_format, server_class, _SilentHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server.server_port
+
+
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """A scrape is nothing to log."""
 
 
 def configure_tracing(service: str, instance: str = "") -> TracerProvider | None:
