@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +97,10 @@ async def test_a_group_gives_the_tokens_of_one_process(
         assert ("reduce" in str(kinds)) and "plan" in str(kinds)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+# A rank that hangs is noticed by its silence alone, which takes longer on a busy machine.
+@pytest.mark.parametrize(("number", "within"), [(signal.SIGKILL, 5.0), (signal.SIGSTOP, 20.0)])
 async def test_a_rank_that_is_lost_takes_the_group_down_and_jobs_go_on(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, within: float
 ) -> None:
     model = tmp_path / "model"
     tiny_model(model)
@@ -118,11 +118,9 @@ async def test_a_rank_that_is_lost_takes_the_group_down_and_jobs_go_on(
             ranks = launcher.children()
             assert len(ranks) == 2
             ranks[1].send_signal(number)
-            began = time.monotonic()
             # Under load: iterations go on until the loss is noticed.
-            gone, alive = await asyncio.to_thread(psutil.wait_procs, [launcher, *ranks], 5.0)
+            gone, alive = await asyncio.to_thread(psutil.wait_procs, [launcher, *ranks], within)
             assert not alive, (gone, alive)
-            assert time.monotonic() - began < 5.0
             output = driver.output
         pod.start_worker()
         async with pod.driver(output) as driver:
