@@ -17,8 +17,12 @@ import pytest
 import torch
 
 from fastserve.gateway.tokenizer import Tokenizer
+from fastserve.worker.model.choose import choose, load
+from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.kv_cache import block_bytes
 from fastserve.worker.model.llama import Model
 from fastserve.worker.model.loader import load_model
+from fastserve.worker.model.native import NativeModel
 from support.gateway_client import JobView, connected
 from support.local_worker import LocalWorker, local_worker
 from support.processes import Running, service
@@ -29,12 +33,10 @@ from support.valkey import running_valkey
 from support.waiting import eventually
 from support.worker_driver import DROP_DEVICE, LOST, OFFLOAD, OK, RELEASE, UPLOAD, worker_driver
 
-BLOCK = 8  # tokens
 TOKENS = 24  # of every answer
 MOST = 56  # of a prompt
-# Of a job: 10 blocks. Two and a half fit on the device.
-DEVICE = 25
-ROOMY = 200
+DEVICE = 200  # tokens: two and a half of the longest jobs fit
+ROOMY = 1600
 # Blocks in host memory and on the disk: all jobs of a load fit, on the host or mostly on the disk.
 TIERS = {"host": (1200, 0), "disk": (40, 1200)}
 # How KV caches make room, through which tier; the last two have no use for one.
@@ -48,26 +50,32 @@ STRATEGIES = [
 ]
 
 
+AnyModel = Model | NativeModel
+
+
 @dataclass
 class Texts:
     """Prompts as token ids, and what the model makes of each when it runs alone."""
 
-    model: Model
+    model: AnyModel
+    block: int  # tokens in a KV block
     prompts: list[list[int]]
     expected: list[list[int]]
 
 
-async def undisturbed(model: Model, folder: Path, prompts: Sequence[Sequence[int]]) -> Texts:
+async def undisturbed(
+    model: AnyModel, block: int, folder: Path, prompts: Sequence[Sequence[int]]
+) -> Texts:
     expected = []
     async with (
-        local_worker(model, folder, blocks=ROOMY, block_size=BLOCK) as worker,
+        local_worker(model, folder, blocks=ROOMY // block, block_size=block) as worker,
         worker_driver(worker.address) as driver,
     ):
         for number, prompt in enumerate(prompts):
             job = driver.job(f"alone-{number}", prompt, temperature=0.0)
             expected.append(list(await driver.generate(job, TOKENS, chunk=MOST)))
             await driver.op(RELEASE, job)
-    return Texts(model, [list(prompt) for prompt in prompts], expected)
+    return Texts(model, block, [list(prompt) for prompt in prompts], expected)
 
 
 @pytest.fixture(scope="module")
@@ -82,35 +90,35 @@ _computed: dict[str, Texts] = {}  # the undisturbed runs, by fixture: once is en
 
 @pytest.fixture
 async def quick(tiny: Model, tmp_path: Path) -> Texts:
-    """A fifth of the prompts and a tiny model."""
+    """A fifth of the prompts and a tiny model, in PyTorch."""
     if "quick" not in _computed:
         prompts = [byte_tokenizer().encode(text).ids[:MOST] for text in hundred_prompts()[::5]]
-        _computed["quick"] = await undisturbed(tiny, tmp_path, prompts)
+        _computed["quick"] = await undisturbed(tiny, 8, tmp_path, prompts)
     return _computed["quick"]
 
 
 @pytest.fixture(scope="module")
-def default_model(default_model_folder: Path) -> Model:
-    return load_model(default_model_folder, torch.float32, torch.device("cpu"))
+def default_model(default_model_folder: Path) -> AnyModel:
+    return load(default_model_folder, choose(ModelConfig.from_folder(default_model_folder)))
 
 
 @pytest.fixture
-async def whole(default_model: Model, default_tokenizer: Tokenizer, tmp_path: Path) -> Texts:
-    """All prompts and the default model."""
+async def whole(default_model: AnyModel, default_tokenizer: Tokenizer, tmp_path: Path) -> Texts:
+    """All prompts and the default model, as a worker runs it if nothing is said: on a CPU with
+    kernels and bfloat16."""
     if "whole" not in _computed:
         prompts = [default_tokenizer.encode(text)[:MOST] for text in hundred_prompts()]
-        _computed["whole"] = await undisturbed(default_model, tmp_path, prompts)
+        _computed["whole"] = await undisturbed(default_model, 16, tmp_path, prompts)
     return _computed["whole"]
 
 
 @contextlib.contextmanager
-def sidecar(folder: Path, model: Model, tier: str) -> Iterator[Running]:
+def sidecar(folder: Path, texts: Texts, tier: str) -> Iterator[Running]:
     host, disk = TIERS[tier]
     flags = ["--listen", f"unix:{folder}/kv", "--pool-dir", str(folder)]
     flags += ["--host-blocks", str(host)]
     if disk:
-        config = model.config
-        size = config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4 * BLOCK
+        size = block_bytes(texts.model.config, texts.block, texts.model.dtype)
         size = -(-size // 4096) * 4096
         flags += ["--disk-path", str(folder), "--disk-size", str(disk * size)]
     with service("fastserve.kv_offload", folder, *flags) as running:
@@ -118,13 +126,16 @@ def sidecar(folder: Path, model: Model, tier: str) -> Iterator[Running]:
 
 
 @contextlib.asynccontextmanager
-async def watched(
-    folder: Path, model: Model, tier: str, blocks: int = DEVICE
-) -> AsyncIterator[LocalWorker]:
+async def watched(texts: Texts, folder: Path, tier: str) -> AsyncIterator[LocalWorker]:
     """A worker whose blocks are compared; at the end the tier was used and everything is free."""
-    with sidecar(folder, model, tier) as process:
+    blocks = DEVICE // texts.block
+    with sidecar(folder, texts, tier) as process:
         async with local_worker(
-            model, folder, blocks=blocks, block_size=BLOCK, sidecar=process.info["address"]
+            texts.model,
+            folder,
+            blocks=blocks,
+            block_size=texts.block,
+            sidecar=process.info["address"],
         ) as worker:
             yield worker
             await eventually(lambda: worker.free_blocks == blocks, "free device blocks")
@@ -141,7 +152,7 @@ async def by_hand(texts: Texts, folder: Path, tier: str, seed: int) -> None:
     """Jobs run for a few tokens at a time, in any order; each is offloaded, or dropped, between."""
     numbers = random.Random(seed)
     async with (
-        watched(folder, texts.model, tier) as worker,
+        watched(texts, folder, tier) as worker,
         worker_driver(worker.address) as driver,
     ):
         names = [
@@ -189,7 +200,7 @@ async def by_scheduler(
     """All prompts at once, in memory for two and a half; urgent jobs break in at random moments."""
     with running_valkey() as valkey:
         async with (
-            watched(folder, texts.model, tier) as worker,
+            watched(texts, folder, tier) as worker,
             running_scheduler(
                 valkey,
                 worker.address,

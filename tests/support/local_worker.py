@@ -22,6 +22,7 @@ from fastserve.worker.kv_ops import CopyDone
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.llama import Model
+from fastserve.worker.model.native import NativeModel
 from fastserve.worker.service import Worker
 from fastserve.worker.staging import BlockRef, Copied, KvStaging
 
@@ -102,7 +103,7 @@ def _overwrite_what_is_taken(pool: BlockPool, kv: KvCache) -> None:
 
 @contextlib.asynccontextmanager
 async def local_worker(
-    model: Model,
+    model: Model | NativeModel,
     folder: Path,
     *,
     blocks: int,
