@@ -236,7 +236,8 @@ async def test_a_redis_that_restarted_empty_holds_everything_again(
         )
         valkey.stop()
         valkey.start()
-        await eventually(lambda: leader.journal.losses == 1 and leader.journal.durable)
+        # Whoever looks while everything is written anew may find it gone once more.
+        await eventually(lambda: leader.journal.losses >= 1 and leader.journal.durable)
         held = await in_redis(valkey)
         assert held.keys() == {*names, "ended"}
         assert held["ended"].output == ended.tokens
