@@ -24,8 +24,7 @@ constexpr int TILE_WORDS = 16;
 
 #if defined(__AMX_BF16__)
 
-// The shapes of a thread's tiles, for as long as this lives:
-//   C of first rows: 0, 1; of second rows: 2, 3; A: first rows 4, second rows 5; B: 6, 7.
+// The shapes of a thread's tiles, for as long as this lives. Setting them empties the tiles.
 // Whoever else uses tiles in the thread (PyTorch does) sets its own shapes, so none are kept.
 class TileShapes {
 public:
@@ -34,17 +33,33 @@ public:
     TileShapes(const TileShapes&) = delete;
     TileShapes& operator=(const TileShapes&) = delete;
 
-    // Rows of the first and of the second tile of A, 1 to 16.
+    // Rows of a first and of a second tile of A, 1 to 16, and of what belongs to them.
+    // C of first rows: 0, 1; of second rows: 2, 3; A: first rows 4, second rows 5; B: 6, 7.
     void set(int first, int second) {
-        const int rows[] = {first, first, second, second, first, second, TILE_ROWS, TILE_ROWS};
-        for (int tile = 0; tile < 8; tile++) {
-            config_.row_bytes[tile] = TILE_WORDS * 4;
-            config_.rows[tile] = static_cast<uint8_t>(rows[tile]);
-        }
-        asm volatile("ldtilecfg %0" ::"m"(config_) : "memory");
+        const int rows[] = {first, first, second, second, first, second};
+        for (int tile = 0; tile < 6; tile++) shape(tile, rows[tile], TILE_WORDS);
+        for (int tile = 6; tile < 8; tile++) shape(tile, TILE_WORDS, LANES);
+        load();
+    }
+
+    // C of `rows`: 0 to 3; A and B of `words`: 4, 5; of `last_words`: 6, 7. Words: 1 to 16.
+    void set_short(int rows, int words, int last_words) {
+        for (int tile = 0; tile < 4; tile++) shape(tile, rows, LANES);
+        shape(4, rows, words);
+        shape(5, words, LANES);
+        shape(6, rows, last_words);
+        shape(7, last_words, LANES);
+        load();
     }
 
 private:
+    void shape(int tile, int rows, int words) {
+        config_.rows[tile] = static_cast<uint8_t>(rows);
+        config_.row_bytes[tile] = static_cast<uint16_t>(words * 4);
+    }
+
+    void load() { asm volatile("ldtilecfg %0" ::"m"(config_) : "memory"); }
+
     struct alignas(64) {
         uint8_t palette = 1;
         uint8_t start_row = 0;
@@ -53,6 +68,15 @@ private:
         uint8_t rows[16] = {};
     } config_;
 };
+
+// action<0>() to action<N - 1>(): a tile's number has to be known to the compiler.
+template <int N, class Action>
+ALWAYS_INLINE void for_each(const Action& action) {
+    if constexpr (N > 0) {
+        for_each<N - 1>(action);
+        action.template operator()<N - 1>();
+    }
+}
 
 template <int TILE>
 ALWAYS_INLINE void tile_zero() {

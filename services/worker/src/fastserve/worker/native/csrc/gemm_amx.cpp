@@ -26,7 +26,7 @@ struct Tiles {
     static constexpr int c(int i, int j) { return ROW_TILES == 1 ? j : 2 * i + j; }
 
     void operator()() const {
-        each_panel([]<int J>() {
+        for_each<NB>([]<int J>() {
             tile_zero<c(0, J)>();
             if constexpr (ROW_TILES == 2) tile_zero<c(1, J)>();
         });
@@ -39,7 +39,7 @@ struct Tiles {
             if constexpr (ROW_TILES == 2) {
                 tile_load<5>(inputs + static_cast<size_t>(TILE_ROWS) * words + word, words);
             }
-            each_panel([&]<int J>() {
+            for_each<NB>([&]<int J>() {
                 tile_load<6 + J % 2>(weights + J * TILE, LANES);
                 tile_dot<c(0, J), 4, 6 + J % 2>();
                 if constexpr (ROW_TILES == 2) tile_dot<c(1, J), 5, 6 + J % 2>();
@@ -47,7 +47,7 @@ struct Tiles {
             weights += panels * TILE;
         }
         alignas(64) float totals[ROW_TILES * TILE_ROWS][NB][LANES];
-        each_panel([&]<int J>() {
+        for_each<NB>([&]<int J>() {
             tile_store<c(0, J)>(totals[0][J], NB * LANES);
             if constexpr (ROW_TILES == 2) tile_store<c(1, J)>(totals[TILE_ROWS][J], NB * LANES);
         });
@@ -56,14 +56,6 @@ struct Tiles {
             for (int j = 0; j < NB; j++) total[j] = load(totals[i][j]);
             finish<NB>(p, row + i, panel + first, total);
         }
-    }
-
-    template <class Action>
-    static ALWAYS_INLINE void each_panel(const Action& action) {
-        action.template operator()<0>();
-        if constexpr (NB > 1) action.template operator()<1>();
-        if constexpr (NB > 2) action.template operator()<2>();
-        if constexpr (NB > 3) action.template operator()<3>();
     }
 };
 
