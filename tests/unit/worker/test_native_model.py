@@ -14,7 +14,7 @@ from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.llama import Model
 from fastserve.worker.model.loader import load_model, load_native
 from fastserve.worker.model.native import NativeModel, why_not_native
-from fastserve.worker.native.build import levels
+from fastserve.worker.native.build import NativeError, all_levels, levels
 from fastserve.worker.native.library import Library
 from support.tiny_models import VOCAB, tiny_model
 
@@ -39,6 +39,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "head dimension 96": ("Llama", {"head_dim": 96, "num_hidden_layers": 1}),
     "head dimension 128": ("Llama", {"head_dim": 128, "num_hidden_layers": 1}),
     "window": ("Mistral", {"sliding_window": 20}),
+    # Heads as wide as a tile of AMX, whose attention is another.
+    "wide heads, three to one": (
+        "Llama",
+        {"head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
+    "wide heads, window": ("Mistral", {"head_dim": 32, "sliding_window": 20}),
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "norms of queries and keys": ("Qwen3", {"head_dim": 32}),
 }
@@ -164,13 +170,15 @@ def test_bfloat16_is_near_float32(variant: str, folders: dict[str, Path]) -> Non
 
 @pytest.mark.slow  # compiles for each of them
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("level", LEVELS[1:])
+@pytest.mark.parametrize("level", all_levels())
 @pytest.mark.parametrize(
     ("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
 def test_every_instruction_set_computes_the_same(
     level: str, dtype: torch.dtype, int8: bool, folders: dict[str, Path]
 ) -> None:
+    if level not in LEVELS:
+        pytest.skip(f"this CPU or its operating system does not offer {level}")
     folder = folder_of(folders, "odd sizes")
     best = alone(native(folder, dtype, int8=int8), prompt(60), (41, 60))
     other = alone(native(folder, dtype, int8=int8, level=level), prompt(60), (41, 60))
@@ -188,7 +196,10 @@ WAYS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 
 
 @pytest.mark.parametrize(("dtype", "int8"), WAYS)
-@pytest.mark.parametrize("variant", ["odd sizes", "three to one", "window"])
+@pytest.mark.parametrize(
+    "variant",
+    ["odd sizes", "three to one", "window", "wide heads, three to one", "wide heads, window"],
+)
 def test_logits_do_not_depend_on_company_or_chunks(
     variant: str, dtype: torch.dtype, int8: bool, folders: dict[str, Path]
 ) -> None:
@@ -230,8 +241,12 @@ def test_larger_blocks_hold_the_same(
         assert torch.equal(logits, small[position])
 
 
-def test_a_broken_job_does_not_break_the_next_in_its_blocks(folders: dict[str, Path]) -> None:
-    model = native(folder_of(folders, "llama"), torch.bfloat16, int8=True)
+@pytest.mark.parametrize("variant", ["llama", "head dimension 64"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_broken_job_does_not_break_the_next_in_its_blocks(
+    variant: str, int8: bool, folders: dict[str, Path]
+) -> None:
+    model = native(folder_of(folders, variant), torch.bfloat16, int8=int8)
     tokens = prompt(37)
     expected = alone(model, tokens, (20, 37))
     jobs = Jobs(model, [tokens])
@@ -243,15 +258,28 @@ def test_a_broken_job_does_not_break_the_next_in_its_blocks(folders: dict[str, P
 
 
 @pytest.mark.parametrize(("dtype", "int8"), WAYS)
+@pytest.mark.parametrize("variant", ["llama", "head dimension 64"])
 def test_what_is_not_finite_stays_so(
-    dtype: torch.dtype, int8: bool, folders: dict[str, Path]
+    variant: str, dtype: torch.dtype, int8: bool, folders: dict[str, Path]
 ) -> None:
-    model = native(folder_of(folders, "llama"), dtype, int8=int8)
+    model = native(folder_of(folders, variant), dtype, int8=int8)
     model._embedding[7, 5] = float("nan")
     jobs = Jobs(model, [[7, 8, 9], [10, 11, 12]])
     jobs.step({0: 3, 1: 3})
     assert not jobs.logits[0][2].isfinite().any()
     assert jobs.logits[1][2].isfinite().all()
+
+
+def test_a_level_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastserve.worker.native.library.levels", lambda: ["portable"])
+    with pytest.raises(NativeError, match="does not run amx"):
+        Library("amx")
+
+
+@pytest.mark.skipif("amx" not in LEVELS, reason="this CPU or its operating system has no AMX")
+def test_without_leave_to_use_tiles_the_next_level_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastserve.worker.native.build._may_use_tiles", lambda: False)
+    assert levels.__wrapped__() == LEVELS[1:]
 
 
 def test_what_the_kernels_cannot_run(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ never older than they are.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import os
 import platform
@@ -24,18 +25,20 @@ from fastserve.worker.model.files import cache_folder
 _SOURCES = Path(__file__).parent / "csrc"
 _FLAGS = ("-std=c++20", "-O3", "-Wall", "-Wextra", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
 _TIMEOUT_S = 600.0
+# A process has to ask Linux for the registers of AMX: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 # Best first: name, compiler flags, and what /proc/cpuinfo calls the instructions.
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
 _X86_LEVELS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "amx": (
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    ),
     "avx512bf16": (
         ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
-        frozenset(
-            {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "fma"}
-        ),
+        _AVX512 | {"avx512_bf16"},
     ),
-    "avx512vnni": (
-        ("-march=x86-64-v4", "-mavx512vnni"),
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}),
-    ),
+    "avx512vnni": (("-march=x86-64-v4", "-mavx512vnni"), _AVX512),
     "avx2": (("-march=x86-64-v3",), frozenset({"avx2", "fma", "bmi2", "f16c", "movbe"})),
 }
 PORTABLE = "portable"
@@ -53,7 +56,7 @@ def all_levels() -> list[str]:
 
 @cache
 def levels() -> list[str]:
-    """The instruction sets that this CPU runs, best first."""
+    """The instruction sets that this CPU runs and the kernel lets this process use, best first."""
     found: set[str] = set()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -61,7 +64,17 @@ def levels() -> list[str]:
             if line.startswith("flags"):
                 found = set(line.partition(":")[2].split())
                 break
+    if "amx_tile" in found and not _may_use_tiles():
+        found.discard("amx_tile")
     return [level for level in all_levels() if level == PORTABLE or _X86_LEVELS[level][1] <= found]
+
+
+def _may_use_tiles() -> bool:
+    """Asks for the tile registers, for all threads of this process. An old kernel refuses."""
+    syscall = ctypes.CDLL(None).syscall
+    syscall.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_ulong)
+    syscall.restype = ctypes.c_long
+    return bool(syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
 
 
 def library(level: str) -> Path:

@@ -1,31 +1,10 @@
-#include "attention.h"
-
-#include <algorithm>
-#include <cmath>
-#include <limits>
+#include "attend.h"
 
 namespace fastserve {
 
 namespace {
 
-constexpr f32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr float NEVER = -std::numeric_limits<float>::infinity();
-
-// Pages lie far apart, which the hardware does not foresee: one tile is fetched while another is used.
-ALWAYS_INLINE void fetch(const int32_t* from, int words) {
-    for (int i = 0; i < words; i += LANES) __builtin_prefetch(from + i);
-}
-
-// The keys that a task looks at, in tiles.
-struct Span {
-    int first, count;  // tiles
-
-    Span(const AttentionTask& task, int window) {
-        const int from = window ? std::max(0, task.position - window + 1) : 0;
-        first = from / LANES;
-        count = (task.position + task.tokens - 1) / LANES + 1 - first;
-    }
-};
+constexpr int MAX_QUERIES = 6;  // of a task: see `dispatch`
 
 // One task, N queries: query i is head i % heads of token i / heads.
 template <class T, int N>
@@ -57,7 +36,9 @@ struct Attend {
         for (; tile < span.count; tile++) scores<1>(tile, best);
         fetch(kv.tile(task.table, layer, true, task.kv_head, span.first), kv.dim * LANES / T::STEP);
         float inverse[N];
-        for (int i = 0; i < N; i++) inverse[i] = 1.0f / weights(i, largest(best[i]));
+        for (int i = 0; i < N; i++) {
+            inverse[i] = 1.0f / weights<T>(score + i * row, row, largest(best[i]));
+        }
         float* at[N];
         for (int i = 0; i < N; i++) {
             at[i] = out + (task.token + i / task.heads) * stride +
@@ -85,35 +66,13 @@ struct Attend {
         f32x16 acc[N][NB] = {};
         accumulate<T, 1>(acc, query, words, keys, words);
         for (int i = 0; i < N; i++) {
-            const float position = static_cast<float>(task.position + i / task.heads);
-            const float oldest = window ? position - static_cast<float>(window) : -1.0f;
             for (int j = 0; j < NB; j++) {
-                const f32x16 key = LANE + static_cast<float>((span.first + tile + j) * LANES);
-                f32x16 found = acc[i][j] * scale;
-                found = key > position ? splat(NEVER) : found;
-                found = key > oldest ? found : splat(NEVER);
+                const f32x16 found = scored(acc[i][j], scale, (span.first + tile + j) * LANES,
+                                            task.position + i / task.heads, window);
                 best[i] = max(best[i], found);
                 store(score + i * row + (tile + j) * LANES, found);
             }
         }
-    }
-
-    // Turns the scores of a query into weights, as words along the tokens; returns their sum.
-    ALWAYS_INLINE float weights(int i, float best) {
-        float* from = score + i * row;
-        auto* halves = reinterpret_cast<uint16_t*>(from);
-        f32x16 total{};
-        for (size_t t = 0; t < row; t += LANES) {
-            const f32x16 weight = exp(load(from + t) - best);
-            total += weight;
-            if constexpr (T::STEP == 1) {
-                store(from + t, weight);
-            } else {  // in place: half as wide, so never ahead of what is still to be read
-                const u16x16 rounded = to_bf16(weight);
-                memcpy(halves + t, &rounded, sizeof rounded);
-            }
-        }
-        return sum(total);
     }
 
     // The weighted sum of NB * 16 dimensions of the values.
@@ -198,14 +157,18 @@ void KvPages::put(const int32_t* table, int layer, int head, int position, const
     }
 }
 
+int max_queries(Dtype kv, int dim) { return can_attend_amx(kv, dim) ? TILE_ROWS : MAX_QUERIES; }
+
 size_t attention_scratch(const AttentionTask& task, int dim) {
     const size_t tokens = padded(task.position + task.tokens);
-    return MAX_QUERIES * (dim + tokens);
+    return task.tokens * task.heads * (dim + tokens + LANES);
 }
 
 void attend(const KvPages& kv, int layer, const AttentionTask& task, const int32_t* queries,
             int all_heads, int window, float* out, size_t stride, float* scratch) {
-    const auto kernel = kv.dtype == Dtype::F32 ? dispatch<F32> : dispatch<Bf16>;
+    const auto kernel = can_attend_amx(kv.dtype, kv.dim) ? attend_amx
+                        : kv.dtype == Dtype::F32         ? dispatch<F32>
+                                                         : dispatch<Bf16>;
     kernel(kv, layer, task, queries, all_heads, window, out, stride, scratch);
 }
 

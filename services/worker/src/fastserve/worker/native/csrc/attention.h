@@ -34,7 +34,7 @@ struct KvPages {
 };
 
 // Queries that share their keys: `tokens` successive tokens of a row, with `heads` of the query
-// heads of one KV head; tokens * heads is at most MAX_QUERIES.
+// heads of one KV head; tokens * heads is at most `max_queries`.
 struct AttentionTask {
     const int32_t* table;  // blocks of the row
     int token;             // the first one, as an index into the batch
@@ -44,7 +44,7 @@ struct AttentionTask {
     int kv_head;
 };
 
-constexpr int MAX_QUERIES = 6;
+int max_queries(Dtype kv, int dim);
 
 // Floats of scratch memory that a task needs.
 size_t attention_scratch(const AttentionTask& task, int dim);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "product.h"
+
 namespace fastserve {
 
 namespace {
@@ -10,16 +12,7 @@ namespace {
 // Rows and panels of a tile: 24 accumulators, 4 vectors of weights and an input fill the 32
 // registers.
 constexpr int MAX_ROWS = 6;
-constexpr int MAX_PANELS = 4;
 constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
-
-struct Product {
-    const Rows& x;
-    const Linear& w;
-    Output kind;
-    float* out;
-    size_t stride;
-};
 
 template <class T>
 ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
@@ -62,23 +55,7 @@ void tile(const Product& p, int row, int strip) {
             }
         }
     }
-    for (int i = 0; i < MR; i++) {
-        for (int j = 0; j < NB; j++) {
-            const int column = (panel + j) * LANES;
-            if (w.bias.get() != nullptr) total[i][j] += load(w.bias.get() + column);
-        }
-        float* out = p.out + (row + i) * p.stride;
-        if (p.kind == Output::SWIGLU) {
-            for (int j = 0; j + 1 < NB; j += 2) {
-                store(out + (panel + j) / 2 * LANES, silu(total[i][j]) * total[i][j + 1]);
-            }
-            continue;
-        }
-        for (int j = 0; j < NB; j++) {
-            float* at = out + (panel + j) * LANES;
-            store(at, p.kind == Output::ADD ? load(at) + total[i][j] : total[i][j]);
-        }
-    }
+    for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
 }
 
 using Tile = void (*)(const Product&, int row, int strip);
@@ -111,8 +88,9 @@ void block(const Product& product, int row, int end, int strip, int panels) {
 void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind, float* out,
               size_t stride) {
     const auto run = w.dtype == Dtype::F32    ? block<F32>
-                     : w.dtype == Dtype::BF16 ? block<Bf16>
-                                              : block<Int8>;
+                     : w.dtype == Dtype::INT8 ? block<Int8>
+                     : AMX                    ? block_amx
+                                              : block<Bf16>;
     const Product product{x, w, kind, out, stride};
     const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     pool.each(w.strips() * blocks, [&](int task, int) {
@@ -125,7 +103,7 @@ void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind,
 void Rows::shape(Dtype new_dtype, int new_size, int rows) {
     dtype = new_dtype;
     size = new_size;
-    words = padded(size) / step_of(dtype);
+    words = words_of(dtype, size);
     groups = (words + group_words(dtype) - 1) / group_words(dtype);
     data.reserve(static_cast<size_t>(rows) * words);
     scale.reserve(static_cast<size_t>(rows) * groups);
@@ -179,7 +157,7 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
     outputs = new_outputs;
     inputs = new_inputs;
     const int step = step_of(dtype), group = group_words(dtype);
-    words = padded(inputs) / step;
+    words = words_of(dtype, inputs);
     const int half = padded(outputs / 2);  // outputs of a half, with padding
     panels = (halves ? 2 * half : padded(outputs)) / LANES;
     // Few panels: narrow strips, so that every thread gets as much as the others.
@@ -199,7 +177,10 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
         const float* row = source < 0 ? nullptr : weight + static_cast<size_t>(source) * inputs;
         const int strip = panel / width, panels_here = std::min(width, panels - strip * width);
         // Of word or group i: this many vectors after the beginning of the strip.
-        const auto vector = [&](int i) { return size_t(i) * panels_here + panel % width; };
+        const int run = dtype == Dtype::BF16 ? BF16_RUN : 1;
+        const auto vector = [&](int i) {
+            return (size_t(i / run) * panels_here + panel % width) * run + i % run;
+        };
         int32_t* out = data.get() + static_cast<size_t>(strip) * width * words * LANES + lane;
         uint16_t* scales = scale.get() + static_cast<size_t>(strip) * width * groups * LANES + lane;
         float inverse = 0.0f;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "amx.h"
 #include "memory.h"
 #include "pool.h"
 #include "simd.h"
@@ -19,9 +20,18 @@ constexpr int padded(int count, int multiple = LANES) {
     return (count + multiple - 1) / multiple * multiple;
 }
 
+// Words of one panel that follow each other in packed weights of bf16: with AMX a whole tile.
+constexpr int BF16_RUN = AMX ? TILE_WORDS : 1;
+
+// Words of a row of so many numbers, padding included.
+constexpr int words_of(Dtype dtype, int size) {
+    return padded(padded(size) / step_of(dtype), dtype == Dtype::BF16 ? BF16_RUN : 1);
+}
+
 // The sum over a row of inputs is taken in groups of so many words, each into a fresh accumulator:
-// one long chain of additions would lose digits. In int8 a group is 32 numbers, and has a scale of
-// its own in inputs and weights: with 64 the perplexity of a small model rises by 1 %.
+// one long chain of additions would lose digits. (A product of AMX tiles sums its 16 words apart by
+// itself.) In int8 a group is 32 numbers, and has a scale of its own in inputs and weights: with 64
+// the perplexity of a small model rises by 1 %.
 constexpr int group_words(Dtype dtype) { return dtype == Dtype::INT8 ? 8 : 32; }
 
 // Activations as products want them: rows of words of 32 bits.
@@ -45,6 +55,7 @@ struct Rows {
 
 // Weights [outputs, inputs], packed for being read from end to end. A panel is 16 outputs, a vector
 // one word of each of them; a strip is `width` panels, word after word, one vector of each panel.
+// With AMX and bf16: 16 words after 16 words, one tile [16 words, 16 outputs] of each panel.
 struct Linear {
     Dtype dtype = Dtype::F32;
     int outputs = 0, inputs = 0;
@@ -52,7 +63,7 @@ struct Linear {
     int groups = 0;  // per output
     int panels = 0;  // the last one filled up with zeros
     int width = 0;   // the last strip has the panels that are left
-    Buffer<int32_t> data;    // [strips, words, width, 16]
+    Buffer<int32_t> data;    // [strips, words, width, 16]; [strips, words / 16, width, 16, 16]
     Buffer<uint16_t> scale;  // int8: bf16 [strips, groups, width, 16]
     Buffer<float> bias;      // [panels, 16], if there is one
 

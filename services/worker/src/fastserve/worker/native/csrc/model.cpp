@@ -87,25 +87,28 @@ void Model::plan(const Batch& batch) {
     wanted_.clear();
     // Heads that share their keys go together, as long as there is a task for every thread.
     const int group = shape_.heads / shape_.kv_heads;
-    int together = std::min(group, MAX_QUERIES);
-    while (together > 1 && batch.rows * shape_.kv_heads * (group / together) < 2 * shape_.threads) {
-        together = (together + 1) / 2;
-    }
+    const int most = max_queries(static_cast<Dtype>(shape_.kv), shape_.dim);
+    int together = std::min(group, most);
+    const auto tasks = [&] {
+        return std::max(batch.rows, batch.tokens * together / most) * shape_.kv_heads *
+               (group / together);
+    };
+    while (together > 1 && tasks() < 2 * shape_.threads) together = (together + 1) / 2;
     size_t scratch = hidden_stride_;
     for (int row = 0; row < batch.rows; row++) {
         const int32_t* table = batch.block_tables + batch.table_starts[row];
         const int count = batch.query_lens[row], start = batch.context_lens[row] - count;
         const int first = static_cast<int>(tokens_.size());
         for (int i = 0; i < count; i++) tokens_.push_back({table, start + i, i + 1 == count});
-        const int span = std::max(1, MAX_QUERIES / together);  // tokens of a task
+        const int span = std::max(1, most / together);  // tokens of a task
         for (int i = 0; i < count; i += span) {
             for (int head = 0; head < shape_.heads;) {
                 const int in_group = std::min(together, group - head % group);
                 attention_.push_back({table, first + i, start + i, std::min(span, count - i), head,
                                       in_group, head / group});
                 head += in_group;
+                scratch = std::max(scratch, attention_scratch(attention_.back(), shape_.dim));
             }
-            scratch = std::max(scratch, attention_scratch(attention_.back(), shape_.dim));
         }
     }
     for (int i = 0; i < batch.logit_rows; i++) {
