@@ -64,6 +64,7 @@ async def test_chat_answer(stack: Stack) -> None:
         "prompt_tokens": len(submit.prompt_token_ids),
         "completion_tokens": count,
         "total_tokens": len(submit.prompt_token_ids) + count,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     prompt = stack.service.gateway.tokenizer.encode_chat([{"role": "user", "content": "What?"}])
     assert list(submit.prompt_token_ids) == prompt
