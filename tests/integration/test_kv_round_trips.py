@@ -17,12 +17,11 @@ import pytest
 import torch
 
 from fastserve.gateway.tokenizer import Tokenizer
-from fastserve.worker.model.choose import choose, load
+from fastserve.worker.model.choose import AnyModel, choose, load
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.kv_cache import block_bytes
 from fastserve.worker.model.llama import Model
 from fastserve.worker.model.loader import load_model
-from fastserve.worker.model.native import NativeModel
 from support.gateway_client import JobView, connected
 from support.local_worker import LocalWorker, local_worker
 from support.processes import Running, service
@@ -48,9 +47,6 @@ STRATEGIES = [
     ("recompute", "host"),
     ("defer", "host"),
 ]
-
-
-AnyModel = Model | NativeModel
 
 
 @dataclass

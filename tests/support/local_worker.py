@@ -20,9 +20,8 @@ from fastserve.worker.engine_thread import EngineThread, StagingMover
 from fastserve.worker.job import OpStatus
 from fastserve.worker.kv_ops import CopyDone
 from fastserve.worker.metrics import Metrics
+from fastserve.worker.model.choose import AnyModel
 from fastserve.worker.model.kv_cache import KvCache
-from fastserve.worker.model.llama import Model
-from fastserve.worker.model.native import NativeModel
 from fastserve.worker.service import Worker
 from fastserve.worker.staging import BlockRef, Copied, KvStaging
 
@@ -103,7 +102,7 @@ def _overwrite_what_is_taken(pool: BlockPool, kv: KvCache) -> None:
 
 @contextlib.asynccontextmanager
 async def local_worker(
-    model: Model | NativeModel,
+    model: AnyModel,
     folder: Path,
     *,
     blocks: int,

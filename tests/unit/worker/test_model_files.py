@@ -120,6 +120,24 @@ def test_config_of_a_model_that_is_not_supported(
     refused(folder, folder / "config.json", reason)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before False is not supported"),
+        ({"activation_function": "gelu"}, "activation_function gelu is not supported"),
+        ({"enable_bias": False}, "enable_bias False is not supported"),
+        ({"word_embed_proj_dim": 32}, "word_embed_proj_dim other than hidden_size"),
+        ({"ffn_dim": "gone"}, "ffn_dim is missing"),
+    ],
+)
+def test_an_opt_model_that_is_not_supported(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    tiny_model(tmp_path, "OPT", ffn_dim=112, word_embed_proj_dim=64, tie_word_embeddings=True)
+    change_config(tmp_path, **changes)
+    refused(tmp_path, tmp_path / "config.json", reason)
+
+
 def test_a_broken_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
     refused(folder, folder / "generation_config.json", "cannot be read")

@@ -24,12 +24,10 @@ from fastserve.worker.calibrate import measure
 from fastserve.worker.engine import Engine, ForwardModel
 from fastserve.worker.engine_thread import EngineThread, StagingMover
 from fastserve.worker.metrics import Metrics
-from fastserve.worker.model.choose import Way, choose, load
+from fastserve.worker.model.choose import AnyModel, Way, choose, load
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache, block_bytes
-from fastserve.worker.model.llama import Model
-from fastserve.worker.model.native import NativeModel
 from fastserve.worker.parallel.control import Followers, GroupStaging
 from fastserve.worker.parallel.launcher import launch
 from fastserve.worker.parallel.model import GroupModel
@@ -52,7 +50,7 @@ _LAST_REPORTS_S = 0.5
 _TOKENS_PER_SEQUENCE = 1024  # what --kv-blocks defaults to provide for, on a CPU
 
 
-def _kv_cache(settings: Settings, model: Model | NativeModel, rank: Rank | None) -> KvCache:
+def _kv_cache(settings: Settings, model: AnyModel, rank: Rank | None) -> KvCache:
     size = block_bytes(model.config, settings.block_size, model.dtype)
     blocks = settings.kv_blocks
     if blocks is None:
@@ -128,7 +126,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     folder = prepare(settings.model, progress=lambda line: log.info("model", step=line))
     config = ModelConfig.from_folder(folder)
     max_model_len = _max_model_len(settings, config)
-    model: Model | NativeModel
+    model: AnyModel
     runs: ForwardModel
     group: GroupModel | None = None
     if rank is None:

@@ -21,12 +21,10 @@ import torch
 from fastserve.common.errors import StartupError
 from fastserve.worker.bench.limits import Clock, Limits, best, measure_limits
 from fastserve.worker.model.batch import Batch
-from fastserve.worker.model.choose import Way, choose, load
-from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.choose import AnyModel, Way, choose, load
+from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.files import DEFAULT_MODEL, prepare
 from fastserve.worker.model.kv_cache import KvCache
-from fastserve.worker.model.llama import Model
-from fastserve.worker.model.native import NativeModel
 
 _BLOCK = 16
 _BATCHES = (1, 8, 32, 64)
@@ -60,7 +58,8 @@ def parameters(config: ModelConfig) -> tuple[int, int]:
     """Weights in all layers, and in the head."""
     hidden, dim = config.hidden_size, config.head_dim
     heads = config.num_heads * 2 + config.num_kv_heads * 2  # q and output, k and v
-    layer = hidden * dim * heads + 3 * hidden * config.intermediate_size
+    products = 2 if config.architecture == OPT else 3  # up and down; gate
+    layer = hidden * dim * heads + products * hidden * config.intermediate_size
     return layer * config.num_layers, hidden * config.vocab_size
 
 
@@ -85,7 +84,7 @@ def limit_of(
 
 
 def run(
-    model: Model | NativeModel,
+    model: AnyModel,
     way: Way,
     limits: Limits,
     seconds: float,
@@ -119,7 +118,7 @@ def run(
     return found
 
 
-def _step(model: Model | NativeModel, batch: Batch, kv: KvCache) -> None:
+def _step(model: AnyModel, batch: Batch, kv: KvCache) -> None:
     logits = model.forward(batch, kv)
     if logits.device.type == "cuda":
         torch.cuda.synchronize(logits.device)

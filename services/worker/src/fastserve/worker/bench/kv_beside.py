@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from threading import Event
 
 from fastserve.worker.model.batch import Batch
+from fastserve.worker.model.choose import AnyModel
 from fastserve.worker.model.kv_cache import KvCache
-from fastserve.worker.model.llama import Model
-from fastserve.worker.model.native import NativeModel
 
 BLOCK = 16  # tokens
 ROWS = 8
@@ -35,7 +34,7 @@ class Slowdown:
 class Decodes:
     """Decode iterations of the model itself, on all its threads, over the first blocks of `kv`."""
 
-    def __init__(self, model: Model | NativeModel, kv: KvCache) -> None:
+    def __init__(self, model: AnyModel, kv: KvCache) -> None:
         each = -(-CONTEXT // BLOCK)
         self.blocks = ROWS * each  # of `kv`, that are used
         self._model, self._kv = model, kv

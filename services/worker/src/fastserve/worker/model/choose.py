@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import psutil
 import structlog
@@ -11,14 +12,17 @@ import torch
 
 from fastserve.common.errors import StartupError
 from fastserve.worker.model.backend import choose_device, choose_dtype
-from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.llama import Model
 from fastserve.worker.model.loader import load_model, load_native
 from fastserve.worker.model.native import NativeModel, why_not_native
+from fastserve.worker.model.opt import OptModel, load_opt
 from fastserve.worker.native.build import NativeError
 from fastserve.worker.native.library import Library, best_library
 
 log = structlog.get_logger(__name__)
+
+AnyModel: TypeAlias = Model | NativeModel | OptModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +98,12 @@ def _kernels(config: ModelConfig, wanted: str, block_size: int) -> Library | Non
     return None
 
 
-def load(folder: Path, way: Way, block_size: int = 16) -> Model | NativeModel:
+def load(folder: Path, way: Way, block_size: int = 16) -> AnyModel:
     """Load a prepared folder. Raises `ModelError`."""
     if way.device.type == "cpu":
         torch.set_num_threads(way.threads)
+    if ModelConfig.from_folder(folder).architecture == OPT:
+        return load_opt(folder, way.dtype, way.device, int8=way.int8)
     if way.library is None:
         return load_model(folder, way.dtype, way.device, int8=way.int8)
     return load_native(

@@ -14,7 +14,18 @@ ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "OPTForCausalLM",
 )
+OPT = "OPTForCausalLM"
+# What sets opt-350m and Galactica apart from the rest of the family, with the usual values.
+_OPT_ONLY = {
+    "activation_function": "relu",
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a Llama-family decoder."""
+    """Shapes and constants of a decoder: of the Llama family, or OPT, which has no use for some."""
 
     architecture: str
     vocab_size: int
@@ -69,6 +80,8 @@ class ModelConfig:
             )
         _refuse_unsupported(path, raw)
         try:
+            if name == OPT:
+                raw = _opt_in_common_words(path, raw)
             return cls._from_raw(name, raw, _eos(folder, raw), path)
         except KeyError as error:
             raise ModelError(f"{path}: {error.args[0]} is missing") from error
@@ -127,6 +140,24 @@ def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
         raise ModelError(f"{path}: mlp_bias is not supported")
     if raw.get("use_sliding_window"):
         raise ModelError(f"{path}: use_sliding_window (a window in some layers) is not supported")
+
+
+def _opt_in_common_words(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Raises `ModelError` for variants that are not implemented."""
+    for name, usual in _OPT_ONLY.items():
+        if raw.get(name, usual) != usual:
+            raise ModelError(f"{path}: {name} {raw[name]} is not supported (only {usual})")
+    if raw.get("word_embed_proj_dim", raw["hidden_size"]) != raw["hidden_size"]:
+        raise ModelError(f"{path}: word_embed_proj_dim other than hidden_size is not supported")
+    return {
+        **raw,
+        "intermediate_size": raw["ffn_dim"],
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": None,
+        "head_dim": None,
+    }
 
 
 def _rope(path: Path, raw: dict[str, Any]) -> Rope:

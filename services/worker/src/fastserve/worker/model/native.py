@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fastserve.worker.model.batch import Batch
-from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.llama import rope_table
 from fastserve.worker.model.weights import LayerWeights, Matrix
@@ -26,6 +26,8 @@ _DTYPES = {torch.float32: Dtype.F32, torch.bfloat16: Dtype.BF16}
 
 def why_not_native(config: ModelConfig, block_size: int) -> str:
     """Why the kernels cannot run a model; "" if they can."""
+    if config.architecture == OPT:
+        return "OPT is not of the Llama family"
     if config.head_dim % _LANES:
         return f"a head dimension of {config.head_dim} is not a multiple of {_LANES}"
     if block_size % _LANES:

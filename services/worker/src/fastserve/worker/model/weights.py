@@ -77,7 +77,7 @@ class Weights:
 
     def final_norm(self) -> torch.Tensor:
         """[hidden]"""
-        return self._take("model.norm.weight", self._config.hidden_size)
+        return self.take("model.norm.weight", self._config.hidden_size)
 
     def layer(self, index: int) -> LayerWeights:
         """Layer `index` of the whole model, counted from 0."""
@@ -90,21 +90,21 @@ class Weights:
         mid = shard.middle if shard else range(middle)
         qkv = [("q_proj", queries, q), ("k_proj", keys, kv), ("v_proj", keys, kv)]
         return LayerWeights(
-            input_norm=self._take(f"{prefix}.input_layernorm.weight", hidden),
+            input_norm=self.take(f"{prefix}.input_layernorm.weight", hidden),
             qkv=self._stacked(attention, qkv, hidden, bias=config.qkv_bias),
-            query_norm=self._take(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
-            key_norm=self._take(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
+            query_norm=self.take(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
+            key_norm=self.take(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
             output=self._row_parallel(
                 f"{attention}.o_proj", hidden, queries, q, bias=config.output_bias
             ),
-            post_norm=self._take(f"{prefix}.post_attention_layernorm.weight", hidden),
+            post_norm=self.take(f"{prefix}.post_attention_layernorm.weight", hidden),
             gate_up=self._stacked(
                 mlp, [("gate_proj", middle, mid), ("up_proj", middle, mid)], hidden, bias=False
             ),
             down=self._row_parallel(f"{mlp}.down_proj", hidden, middle, mid, bias=False),
         )
 
-    def _take(
+    def take(
         self,
         name: str,
         *shape: int,
@@ -133,7 +133,7 @@ class Weights:
     def _vocabulary(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         config = self._config
         rows = self._shard.vocab if self._shard else None
-        return self._take(name, config.vocab_size, config.hidden_size, rows=rows, dtype=dtype)
+        return self.take(name, config.vocab_size, config.hidden_size, rows=rows, dtype=dtype)
 
     def _stacked(
         self, prefix: str, parts: list[tuple[str, int, range]], inputs: int, *, bias: bool
@@ -141,25 +141,23 @@ class Weights:
         """One product for several weights (name, outputs, those wanted)."""
         named = [(f"{prefix}.{name}", count, rows) for name, count, rows in parts]
         weight = torch.cat(
-            [self._take(f"{name}.weight", count, inputs, rows=rows) for name, count, rows in named]
+            [self.take(f"{name}.weight", count, inputs, rows=rows) for name, count, rows in named]
         )
         if not bias:
             return Matrix(weight)
         return Matrix(
             weight,
-            torch.cat(
-                [self._take(f"{name}.bias", count, rows=rows) for name, count, rows in named]
-            ),
+            torch.cat([self.take(f"{name}.bias", count, rows=rows) for name, count, rows in named]),
         )
 
     def _row_parallel(
         self, name: str, outputs: int, inputs: int, columns: range, *, bias: bool
     ) -> Matrix:
         """Products of some of the inputs; one shard of all adds the bias."""
-        weight = self._take(f"{name}.weight", outputs, inputs, columns=columns)
+        weight = self.take(f"{name}.weight", outputs, inputs, columns=columns)
         if not bias or (self._shard is not None and not self._shard.bias):
             return Matrix(weight)
-        return Matrix(weight, self._take(f"{name}.bias", outputs))
+        return Matrix(weight, self.take(f"{name}.bias", outputs))
 
 
 def _features(heads: range, dim: int) -> range:

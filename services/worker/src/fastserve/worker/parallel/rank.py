@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from fastserve.common.errors import StartupError
 from fastserve.worker.model.choose import Way, choose
-from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.loader import load_model
 from fastserve.worker.native.build import NativeError
@@ -78,6 +78,8 @@ def _store(group: Group, *, master: bool) -> Store:
 
 def choose_way(settings: Settings, config: ModelConfig, group: Group) -> Way:
     """Ranks run in PyTorch. Raises `StartupError` for settings that they cannot keep."""
+    if config.architecture == OPT:
+        raise StartupError("OPT models run in a single rank")
     if settings.quantization != "none":
         raise StartupError("quantization is for a single rank")
     if settings.cpu_kernels == "native":
