@@ -64,6 +64,7 @@ async def test_chat_answer(stack: Stack) -> None:
         "prompt_tokens": len(submit.prompt_token_ids),
         "completion_tokens": count,
         "total_tokens": len(submit.prompt_token_ids) + count,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     prompt = stack.service.gateway.tokenizer.encode_chat([{"role": "user", "content": "What?"}])
     assert list(submit.prompt_token_ids) == prompt
@@ -111,6 +112,23 @@ async def test_usage_chunk(stack: Stack) -> None:
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == len(tokens_of(stack, "one two")) + 1
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+async def test_cached_tokens_of_prompts_and_choices(stack: Stack) -> None:
+    """Of each prompt what all of its choices found, so never more than it has."""
+    cached = iter([0, 48, 16, 32])
+
+    def reply(_: scheduler_pb2.Submit) -> Script:
+        return stack.script("one", cached=next(cached))
+
+    stack.scheduler.reply = reply
+    body = (await stack.complete(["Once", "Then"], n=2)).json()
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0 + 16}
+    stack.says("one two", cached=48)
+    response = await stack.chat(stream=True, stream_options={"include_usage": True})
+    last = chunks_of(response.text)[-1]
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 48}
 
 
 async def test_completion(stack: Stack) -> None:

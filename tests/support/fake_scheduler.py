@@ -35,6 +35,7 @@ class Script:
     finish: sampling_pb2.FinishReason = sampling_pb2.FINISH_REASON_STOP
     error: str = ""
     logprobs: Sequence[Logprobs] | None = None  # parallel to tokens
+    cached: int = 0  # prompt tokens from the prefix cache
     per_batch: int = 1
     pause_s: float = 0.0  # before each batch
     gate: asyncio.Event | None = None  # waited for before the last batch
@@ -187,6 +188,9 @@ def _batch(script: Script, handle: int, first: int, last: int) -> scheduler_pb2.
         batch.top_counts.append(len(ids))
         batch.top_ids.extend(ids)
         batch.top_logprobs.extend(logprobs)
+    if script.cached and first == 0 and last:
+        batch.cached_entries.append(0)
+        batch.cached_tokens.append(script.cached)
     if ends and script.error:
         batch.error_entries.append(0)
         batch.errors.append(script.error)

@@ -25,8 +25,9 @@ class Rig:
         self.now = 0.0
         self.scheduler = Scheduler(SchedulerConfig(**{"starvation_s": 1e6, **(config or {})}))
         self.lengths: dict[str, int] = {}
+        self.cached: dict[str, int] = {}
         self.info = worker_info("w", **worker)
-        self.worker = WorkerModel(self.info, self.lengths, self.scheduler.job)
+        self.worker = WorkerModel(self.info, self.lengths, self.scheduler.job, self.cached)
         self.scheduler.add_worker(self.info, Inventory(), 0.0)
         self.ops: list[tuple[KvOpKind, str]] = []  # of all plans so far
         self.slow_copies = False
@@ -35,6 +36,7 @@ class Rig:
         self, job_id: str, prompt: int = 4, max_tokens: int = 8, **spec: Any
     ) -> Rejection | None:
         self.lengths[job_id] = spec.pop("length", max_tokens)
+        self.cached[job_id] = spec.pop("cached", 0)
         return self.scheduler.submit(
             JobSpec(job_id, tuple(range(prompt)), max_tokens, self.now, **spec), self.now
         )

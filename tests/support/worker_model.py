@@ -74,9 +74,17 @@ class WorkerModel:
     """Runs plans one iteration at a time; copies last until `finish_copies`."""
 
     def __init__(
-        self, info: WorkerInfo, lengths: dict[str, int], find: Callable[[str], Job | None]
+        self,
+        info: WorkerInfo,
+        lengths: dict[str, int],
+        find: Callable[[str], Job | None],
+        cached: dict[str, int] | None = None,
     ) -> None:
-        """lengths: job id -> output tokens after which it stops by itself. find: a live job."""
+        """lengths: job id -> output tokens after which it stops by itself. find: a live job.
+        cached: job id -> tokens that the prefix cache has of it; it may begin with full blocks of
+        them. Its blocks are counted as if nobody shared them: that is the worst case.
+        """
+        self.cached = {} if cached is None else cached
         self.info = info
         self.lengths = lengths
         self.find = find
@@ -239,6 +247,7 @@ class WorkerModel:
             self.apply_all()
         rows: list[RowResult] = []
         sampled: list[SampledToken] = []
+        found: list[tuple[str, int]] = []
         context = total = 0
         ran = False
         if self.plan is not None and self.lease and self._live_rows():
@@ -246,6 +255,12 @@ class WorkerModel:
             self.lease -= 1
             self.iteration += 1
             for job, most in self._live_rows():
+                if not job.device_blocks and job.job_id not in self.stalls:
+                    known = min(self.cached.get(job.job_id, 0), job.known - 1)
+                    job.device_blocks = known // self.info.block_size
+                    job.computed = job.device_blocks * self.info.block_size
+                    if job.computed:
+                        found.append((job.job_id, job.computed))
                 count = 0 if job.job_id in self.stalls else min(most, job.known - job.computed)
                 total += count
                 blocks = self._blocks(job.computed + count)
@@ -267,6 +282,7 @@ class WorkerModel:
             iteration=self.iteration if ran else 0,
             rows=rows,
             sampled=sampled,
+            cached=found,
             ops=done,
             stalled=stalled,
             free_device_blocks=self.free_device,

@@ -46,6 +46,7 @@ def entries(draw: st.DrawFn) -> Entry:
         [draw(SCORES) for _ in tokens] if scored else None,
         finish,
         draw(st.text(min_size=1)) if finish == FAILED else "",
+        draw(UINT32),
     )
 
 
@@ -67,6 +68,9 @@ def pack(packed: Sequence[Entry]) -> scheduler_pb2.TokenBatch:
         if entry.error:
             batch.error_entries.append(at)
             batch.errors.append(entry.error)
+        if entry.cached:
+            batch.cached_entries.append(at)
+            batch.cached_tokens.append(entry.cached)
     return scheduler_pb2.TokenBatch.FromString(batch.SerializeToString())
 
 
@@ -98,6 +102,14 @@ def entry(
     """With `scored`, a token's log-probability is minus its id."""
     logprobs = [TokenLogprob(-float(token), [token], [0.0]) for token in tokens]
     return Entry(1, first_index, list(tokens), logprobs if scored else None, finish, error)
+
+
+async def test_cached_tokens_come_once_and_stay_known() -> None:
+    job, _ = new_job()
+    assert job.cached_tokens == 0
+    job.deliver(entry(0, 10)._replace(cached=48))
+    job.deliver(entry(1, 11))
+    assert job.cached_tokens == 48
 
 
 async def test_tokens_are_taken_once() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from fastserve.common.errors import StartupError
 from fastserve.common.settings import load_settings
-from fastserve.scheduler.core import Demotion, KvStrategy, SchedulerConfig
+from fastserve.scheduler.core import Demotion, KvStrategy, PrefixCache, SchedulerConfig
 from fastserve.scheduler.leader import core_config
 from fastserve.scheduler.settings import SchedulerSettings
 
@@ -40,12 +40,13 @@ def test_every_option_of_the_core_is_a_setting() -> None:
             *("--demotion", "one-level", "--starvation-threshold", "inf"),
             *("--promotion-share", "0.5", "--kv-strategy", "reactive"),
             *("--kv-reserve-blocks", "12", "--fair-sharing", "off", "--kv-write-through", "off"),
+            *("--prefix-cache", "all"),
         )
     )
     for field in dataclasses.fields(SchedulerConfig):
         assert getattr(config, field.name) != field.default, field.name
     assert (config.quantum_s, config.kv_reserve_blocks) == (0.02, 12)
-    assert not config.kv_write_through
+    assert not config.kv_write_through and config.prefix_cache is PrefixCache.ALL
     assert (config.max_partial_prefills, config.starvation_s) == (5, math.inf)
     assert config.demotion is Demotion.ONE_LEVEL and config.kv_strategy is KvStrategy.REACTIVE
 
@@ -82,6 +83,7 @@ def test_what_is_not_set_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-num-partial-prefills", "0"], "max_num_partial_prefills"),
         (["--look-ahead", "0"], "look_ahead"),
         (["--fair-sharing", "maybe"], "fair_sharing"),
+        (["--prefix-cache", "on"], "prefix_cache"),
     ],
 )
 def test_wrong_settings_are_one_sentence(flags: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from fastserve.scheduler.core import (
     KvStatus,
     Plan,
     PlanRow,
+    PrefixCache,
     ProtocolError,
     Rejection,
     RejectReason,
@@ -47,9 +49,9 @@ def record_of(job_id: str, output: list[int] | None = None) -> JobRecord:
 
 
 class Stream:
-    def __init__(self) -> None:
+    def __init__(self, prefix_cache: PrefixCache = PrefixCache.TENANT) -> None:
         self.records = {name: record_of(name, [7, 8]) for name in ("a", "b")}
-        self.codec = wire.StreamCodec(42, self.records.get)
+        self.codec = wire.StreamCodec(42, self.records.get, prefix_cache)
 
     def row(self, job_id: str, tokens: int) -> PlanRow:
         job = self.records[job_id].job
@@ -73,6 +75,28 @@ def test_a_job_travels_whole_only_the_first_time(stream: Stream) -> None:
     assert list(second.row_handles) == [second.new_jobs[0].handle, job.handle]
     assert list(second.row_tokens) == [3, 1]
     assert wire.RESET_PLAN_ID < first.plan_id < second.plan_id
+
+
+@pytest.mark.parametrize(
+    ("prefix_cache", "salts"),
+    [
+        (PrefixCache.OFF, [b"", b""]),
+        (PrefixCache.TENANT, [b"tenant:default", b"tenant:acme"]),
+        (PrefixCache.ALL, [b"all", b"all"]),
+    ],
+)
+def test_the_salt_says_who_shares(prefix_cache: PrefixCache, salts: list[bytes]) -> None:
+    stream = Stream(prefix_cache)
+    stream.records["b"].spec = dataclasses.replace(stream.records["b"].spec, tenant="acme")
+    encoded = stream.codec.encode(Plan(1, 4, [stream.row("a", 9), stream.row("b", 9)], [])).plan
+    assert [job.cache_salt for job in encoded.new_jobs] == salts
+
+
+def test_no_tenant_can_be_named_so_that_it_shares_with_others() -> None:
+    names = ["default", "", "all", "tenant:", "tenant:default"]
+    specs = [JobSpec("a", (1,), 1, 0.0, tenant=name) for name in names]
+    salts = {PrefixCache.TENANT.salt(spec) for spec in specs} | {PrefixCache.ALL.salt(specs[0])}
+    assert len(salts) == len(names) + 1 and b"" not in salts
 
 
 def test_a_job_nobody_knows_can_be_released(stream: Stream) -> None:
@@ -115,6 +139,8 @@ def test_a_report_is_decoded(stream: Stream) -> None:
             row_handles=[a, b],
             row_new_tokens=[4, 1],
             row_computed=[4, 5],
+            cached_handles=[b],
+            cached_tokens=[4],
             sampled_handles=[b],
             sampled_indexes=[2],
             sampled_tokens=[77],
@@ -129,6 +155,7 @@ def test_a_report_is_decoded(stream: Stream) -> None:
     )
     assert decoded.plan_id == 6
     assert decoded.rows == [("a", 4, 4), ("b", 1, 5)]
+    assert decoded.cached == [("b", 4)]
     assert decoded.sampled == [SampledToken("b", 2, 77, FinishReason.STOP)]
     assert decoded.failed == [("a", "broke")]
     assert (decoded.free_device_blocks, decoded.free_host_blocks) == (8, 9)
@@ -266,6 +293,27 @@ def test_the_end_comes_with_the_last_tokens() -> None:
     batch = packer.message.tokens
     assert list(batch.finish_reasons) == [0, sampling_pb2.FINISH_REASON_FAILED]
     assert (list(batch.error_entries), list(batch.errors)) == ([1], ["broke"])
+
+
+def test_cached_tokens_leave_with_the_first_token_and_with_it_alone() -> None:
+    plain, cached = record_of("a", [10]), record_of("b", [20, 21])
+    assert cached.job is not None
+    cached.job.cached = 48
+    plain.visible, cached.visible = 1, 0
+    packer = gateway_wire.TokenPacker()
+    assert packer.add(cached) and packer.empty  # accepted, no token yet
+    cached.visible = 1
+    assert packer.add(plain) and packer.add(cached)
+    batch = packer.message.tokens
+    assert (list(batch.cached_entries), list(batch.cached_tokens)) == ([1], [48])
+    cached.visible = 2
+    packer = gateway_wire.TokenPacker()
+    assert packer.add(cached)
+    assert not packer.message.tokens.cached_entries
+    cached.sent = 0  # another gateway reads it from the start
+    packer = gateway_wire.TokenPacker()
+    assert packer.add(cached)
+    assert list(packer.message.tokens.cached_tokens) == [48]
 
 
 def test_tokens_a_gateway_has_seen_already_are_not_repeated() -> None:

@@ -100,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for name in ("w0", "w1")
         }
         self.lengths: dict[str, int] = {}
+        self.cached: dict[str, int] = {}
         self.workers: dict[str, WorkerModel] = {}
         self.away: dict[str, tuple[WorkerModel, Inventory]] = {}
         self.output: dict[str, list[int]] = {}
@@ -108,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._connect(self.infos["w0"])
 
     def _connect(self, info: WorkerInfo) -> None:
-        model = WorkerModel(info, self.lengths, self.scheduler.job)
+        model = WorkerModel(info, self.lengths, self.scheduler.job, self.cached)
         self.workers[info.worker_id] = model
         self.scheduler.add_worker(info, Inventory(), self.now)
 
@@ -160,6 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 40),
         max_tokens=st.integers(1, 24),
         length=st.integers(1, 30),
+        cached=st.sampled_from([0, 0, 4, 30, 100]),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         deadline=st.sampled_from([None, None, None, 0.3]),
         tenant=st.sampled_from(["default", "default", "acme", "zoo"]),
@@ -170,6 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt: int,
         max_tokens: int,
         length: int,
+        cached: int,
         priority: int,
         deadline: float | None,
         tenant: str,
@@ -178,6 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count += 1
         job_id = f"j{self.count}"
         self.lengths[job_id] = length
+        self.cached[job_id] = cached
         spec = JobSpec(
             job_id,
             tuple(range(prompt)),

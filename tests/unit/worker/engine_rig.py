@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from fastserve.worker.block_pool import BlockPool
 from fastserve.worker.engine import Engine, Iteration, NewJob, Plan
 from fastserve.worker.job import Op, OpKind, OpResult, OpStatus
 from fastserve.worker.kv_ops import CopyDone
@@ -56,6 +58,11 @@ def logits_of(context: Sequence[int]) -> torch.Tensor:
     return logits
 
 
+def chained(before: int, token: int) -> int:
+    """What KV of a token comes down to: a number that depends on all tokens before it, too."""
+    return (before * 31 + token + 1) % 65521
+
+
 def undisturbed(prompt: Sequence[int], params: SamplingParams, count: int) -> list[int]:
     """The first `count` output tokens, without an engine and without a cache."""
     output: list[int] = []
@@ -68,17 +75,19 @@ def undisturbed(prompt: Sequence[int], params: SamplingParams, count: int) -> li
 
 
 class FakeModel:
-    """Keeps token and position of each context position in the KV cache and reads them back."""
+    """Keeps each token in the KV cache, with a number that stands for all before it, and reads them
+    back."""
 
     def __init__(self, mover: FakeMover) -> None:
         self._mover = mover
+        self.pool: BlockPool | None = None
         self.batches: list[Batch] = []
 
     def forward(self, batch: Batch, kv: KvCache) -> torch.Tensor:
         self.batches.append(batch)
         if CRASH in batch.token_ids:
             raise RuntimeError("device on fire")
-        pages = kv.data[:, 0, 0, 0]  # [block, token in block, (token + 1, position)]
+        pages = kv.data[:, 0, 0, 0]  # [block, token in block, (token + 1, chained)]
         tokens = iter(batch.token_ids)
         logits = []
         for row, count in enumerate(batch.query_lens):
@@ -88,13 +97,19 @@ class FakeModel:
             written = table[(end - count) // BLOCK : len(used)]
             assert not self._mover.loading & set(used), "a block is used while it is loaded"
             assert not self._mover.busy & set(written), "a block is written while it is copied"
+            assert self.pool is not None
+            assert not any(map(self.pool.shared, written)), "a block is written that others read"
             for position in range(end - count, end):
-                slot = pages[table[position // BLOCK], position % BLOCK]
-                slot[0], slot[1] = next(tokens) + 1, position
+                before = position - 1
+                state = int(pages[table[before // BLOCK], before % BLOCK][1]) if position else 0
+                slot, token = pages[table[position // BLOCK], position % BLOCK], next(tokens)
+                slot[0], slot[1] = token + 1, chained(state, token)
             if row in batch.logit_rows:
                 found = pages[used].reshape(-1, 2)[:end]
-                assert found[:, 1].tolist() == list(range(end)), "KV of other positions"
-                logits.append(logits_of([int(token) - 1 for token in found[:, 0]]))
+                context = [int(token) - 1 for token in found[:, 0]]
+                chain = list(itertools.accumulate(context, chained, initial=0))[1:]
+                assert found[:, 1].tolist() == chain, "KV of another context"
+                logits.append(logits_of(context))
         assert next(tokens, None) is None
         return torch.stack(logits) if logits else torch.empty(0, VOCAB)
 
@@ -147,7 +162,7 @@ class FakeMover:
 
     def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None:
         life = self.generation
-        assert blocks and not self.busy & {ref.block for ref in blocks}
+        assert blocks and not self.loading & {ref.block for ref in blocks}
 
         def end() -> None:
             held = self.host.get(job_id, {})
@@ -221,6 +236,7 @@ class Rig:
             max_model_len=self.max_model_len,
             vocab_size=VOCAB,
         )
+        self.model.pool = self.engine.pool
         self._numbers = itertools.count(1)
         self.plan_id = 0
         self.op_id = 0
@@ -228,13 +244,26 @@ class Rig:
 
     # --- what a scheduler says ---------------------------------------------------------------
 
-    def job(self, prompt: Iterable[int], output: Sequence[int] = (), **params: Any) -> int:
+    def job(
+        self,
+        prompt: Iterable[int],
+        output: Sequence[int] = (),
+        *,
+        salt: bytes = b"",
+        **params: Any,
+    ) -> int:
         """The handle of a job that goes out with the next plan."""
         number = next(self._numbers)
         values = {"max_tokens": 1000, "seed": number, **params}
         prompt = list(prompt)
         new = NewJob(
-            number, f"job-{number}", [*prompt, *output], len(prompt), SamplingParams(**values), ""
+            handle=number,
+            job_id=f"job-{number}",
+            token_ids=[*prompt, *output],
+            prompt_len=len(prompt),
+            params=SamplingParams(**values),
+            traceparent="",
+            salt=salt,
         )
         self.jobs[number], self.output[number] = new, list(output)
         self._unsent.append(new)
@@ -246,9 +275,7 @@ class Rig:
         del self.output[handle][known if known is not None else len(self.output[handle]) :]
         tokens = [*old.token_ids[: old.prompt_len], *self.output[handle]]
         self.finished.pop(handle, None)
-        self._unsent.append(
-            NewJob(handle, old.job_id, tokens, old.prompt_len, old.params, old.traceparent)
-        )
+        self._unsent.append(replace(old, token_ids=tokens))
 
     def plan(
         self,
@@ -320,11 +347,14 @@ class Rig:
             assert output == undisturbed(prompt, job.params, len(output))
 
     def check_blocks(self) -> None:
-        """Every block is free or has one owner; copies under way own theirs."""
+        """Every block is free or has one owner, or several that only read it; copies under way own
+        theirs."""
         held = {job.job_id: job for job in self.engine._held.values()}
-        owned = [block for job in held.values() for block in job.blocks]
-        assert len(owned) == len(set(owned))
+        owned = Counter(block for job in held.values() for block in job.blocks)
         assert len(owned) + self.engine.pool.free == self.blocks
+        for job in held.values():
+            for block in job.blocks[job.computed // BLOCK :]:
+                assert owned[block] == 1
         for job in held.values():
             assert job.computed <= len(job.blocks) * BLOCK
         for copy in self.mover.under_way:

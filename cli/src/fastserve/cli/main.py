@@ -91,6 +91,12 @@ def up(
             help="Seconds a job waits before it is lifted; inf: never.", rich_help_panel=_ORDER
         ),
     ] = None,
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Who shares KV of equal beginnings: off, tenant or all.", rich_help_panel=_ORDER
+        ),
+    ] = None,
     kv_strategy: Annotated[
         str | None,
         typer.Option(help="proactive, reactive, recompute or defer.", rich_help_panel=_ORDER),
@@ -219,6 +225,7 @@ def up(
         policy=policy,
         fair_sharing=fair_sharing,
         quantum=quantum,
+        prefix_cache=prefix_cache,
         kv_strategy=kv_strategy,
         kv_write_through=kv_write_through,
         max_num_partial_prefills=max_num_partial_prefills,

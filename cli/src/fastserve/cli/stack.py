@@ -40,6 +40,7 @@ class Options:
     policy: str | None = None
     fair_sharing: bool | None = None
     quantum: float | None = None
+    prefix_cache: str | None = None
     kv_strategy: str | None = None
     kv_write_through: bool | None = None
     max_num_partial_prefills: int | None = None
@@ -164,6 +165,7 @@ def specs(options: Options, run: Path) -> list[Spec]:
             starvation_threshold=options.starvation_threshold,
             fair_sharing=options.fair_sharing,
             quantum=options.quantum,
+            prefix_cache=options.prefix_cache,
             kv_strategy=options.kv_strategy,
             kv_write_through=options.kv_write_through,
             max_num_partial_prefills=options.max_num_partial_prefills,

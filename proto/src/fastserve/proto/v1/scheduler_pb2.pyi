@@ -142,7 +142,7 @@ class Rejected(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., reason: _Optional[_Union[RejectReason, str]] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[int] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
-    __slots__ = ("handles", "first_indexes", "token_counts", "finish_reasons", "tokens", "has_logprobs", "logprobs", "top_counts", "top_ids", "top_logprobs", "error_entries", "errors")
+    __slots__ = ("handles", "first_indexes", "token_counts", "finish_reasons", "tokens", "has_logprobs", "logprobs", "top_counts", "top_ids", "top_logprobs", "error_entries", "errors", "cached_entries", "cached_tokens")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,8 @@ class TokenBatch(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ERROR_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     handles: _containers.RepeatedScalarFieldContainer[int]
     first_indexes: _containers.RepeatedScalarFieldContainer[int]
     token_counts: _containers.RepeatedScalarFieldContainer[int]
@@ -167,7 +169,9 @@ class TokenBatch(_message.Message):
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
     error_entries: _containers.RepeatedScalarFieldContainer[int]
     errors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_indexes: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., tokens: _Optional[_Iterable[int]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., error_entries: _Optional[_Iterable[int]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+    cached_entries: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_indexes: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., tokens: _Optional[_Iterable[int]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., error_entries: _Optional[_Iterable[int]] = ..., errors: _Optional[_Iterable[str]] = ..., cached_entries: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("worker_id", "undo")

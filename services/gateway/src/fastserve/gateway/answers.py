@@ -20,9 +20,15 @@ _UNLIKELY: Final = -9999.0  # stands for minus infinity, which JSON does not hav
 class Usage(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int  # of the prompt, from the prefix cache
 
     def json(self) -> Json:
-        return {**self._asdict(), "total_tokens": sum(self)}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
 
 
 class Head(NamedTuple):

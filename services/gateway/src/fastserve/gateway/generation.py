@@ -161,8 +161,10 @@ class Generation:
         choices: Sequence[Choice],
         wake: asyncio.Event,
         times: RequestTimes,
+        n: int,
     ) -> None:
         self.choices = choices
+        self._n = n
         self._client = client
         self._jobs = jobs
         self._wake = wake
@@ -177,10 +179,12 @@ class Generation:
         choices: Sequence[Choice],
         times: RequestTimes,
         *,
+        n: int = 1,
         attach: bool = False,
     ) -> Generation:
         """Submit all jobs; returns once all are accepted. Raises `ApiError` if one is not.
 
+        n: choices of each prompt, one after the other.
         attach: they were submitted before, by a gateway that is gone: take them over.
         """
         wake = asyncio.Event()
@@ -200,7 +204,7 @@ class Generation:
             if isinstance(error, JobRefusedError | SchedulerLostError):
                 raise api_error(error, attach=attach) from error
             raise
-        return cls(client, jobs, choices, wake, times)
+        return cls(client, jobs, choices, wake, times, n)
 
     @property
     def complete(self) -> bool:
@@ -209,6 +213,12 @@ class Generation:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that no choice of the prompt had to compute, as far as tokens came."""
+        cached = [job.cached_tokens for job in self._jobs]
+        return sum(min(cached[at : at + self._n]) for at in range(0, len(cached), self._n))
 
     @property
     def first_token_s(self) -> float | None:

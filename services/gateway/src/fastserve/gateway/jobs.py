@@ -28,10 +28,12 @@ class Entry(NamedTuple):
     logprobs: list[TokenLogprob] | None
     finish: int
     error: str
+    cached: int = 0  # prompt tokens from the prefix cache; comes with the first token
 
 
 def unpack(batch: scheduler_pb2.TokenBatch) -> Iterator[Entry]:
     """The entries of a packed batch."""
+    cached = dict(zip(batch.cached_entries, batch.cached_tokens, strict=True))
     errors = dict(zip(batch.error_entries, batch.errors, strict=True))
     at = scored = top = 0
     for entry, handle in enumerate(batch.handles):
@@ -55,6 +57,7 @@ def unpack(batch: scheduler_pb2.TokenBatch) -> Iterator[Entry]:
             logprobs,
             batch.finish_reasons[entry],
             errors.get(entry, ""),
+            cached.get(entry, 0),
         )
         at += count
 
@@ -99,6 +102,7 @@ class Job:
         self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.finish: int = UNFINISHED
         self.failure: SchedulerLostError | None = None
+        self.cached_tokens = 0  # of the prompt, from the prefix cache
         self._error = ""
         self._wake = wake
         self._tokens: list[int] = []
@@ -131,6 +135,7 @@ class Job:
         self._error = entry.error
         if self.dropped:
             return
+        self.cached_tokens = entry.cached or self.cached_tokens
         fresh = entry.tokens[seen:]
         if fresh:
             self.next_index += len(fresh)

@@ -144,5 +144,6 @@ class EventStream(Response):
     def _usage_event(self) -> bytes:
         if not self._settings.include_usage:
             return b""
-        usage = Usage(self._prompt_tokens, self._generation.completion_tokens)
+        generation = self._generation
+        usage = Usage(self._prompt_tokens, generation.completion_tokens, generation.cached_tokens)
         return b"data: " + self._answer.usage_chunk(usage) + b"\n\n"

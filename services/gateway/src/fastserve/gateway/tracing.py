@@ -81,6 +81,7 @@ def describe_answer(generation: Generation, prompt_tokens: int) -> None:
     if not span.is_recording():
         return
     span.set_attribute(semconv.INPUT_TOKENS, prompt_tokens)
+    span.set_attribute(semconv.CACHED_TOKENS, generation.cached_tokens)
     span.set_attribute(semconv.OUTPUT_TOKENS, generation.completion_tokens)
     reasons = [choice.finish_reason or "" for choice in generation.choices]
     span.set_attribute(semconv.RESPONSE_FINISH_REASONS, reasons)

@@ -129,7 +129,7 @@ class Engine:
     # From workers
 
     def codec(self) -> wire.StreamCodec:
-        return wire.StreamCodec(self._epoch, self._jobs.get)
+        return wire.StreamCodec(self._epoch, self._jobs.get, self._core.config.prefix_cache)
 
     def worker_up(self, link: WorkerLink, info: WorkerInfo, inventory: Inventory) -> None:
         """Raises `ProtocolError` if it clashes with a worker that is connected already."""

@@ -115,6 +115,9 @@ class TokenPacker:
                 batch.top_counts.append(len(top_ids))
                 batch.top_ids.extend(top_ids)
                 batch.top_logprobs.extend(top)
+        if first == 0 and last > first and record.job is not None and record.job.cached:
+            batch.cached_entries.append(len(batch.handles) - 1)
+            batch.cached_tokens.append(record.job.cached)
         if ends and record.end is not None:
             batch.finish_reasons.append(FINISH_TO_WIRE[record.end.reason])
             if record.end.error:

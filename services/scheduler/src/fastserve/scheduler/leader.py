@@ -20,6 +20,7 @@ from fastserve.scheduler.core import (
     JobSpec,
     JobState,
     KvStrategy,
+    PrefixCache,
     Scheduler,
     SchedulerConfig,
 )
@@ -316,6 +317,7 @@ def core_config(settings: SchedulerSettings) -> SchedulerConfig:
         demotion=Demotion(settings.demotion),
         starvation_s=settings.starvation_threshold,
         promotion_share=settings.promotion_share,
+        prefix_cache=PrefixCache(settings.prefix_cache),
         kv_strategy=KvStrategy(settings.kv_strategy),
         kv_reserve_blocks=settings.kv_reserve_blocks,
         kv_write_through=settings.kv_write_through,

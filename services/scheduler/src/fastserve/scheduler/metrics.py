@@ -52,7 +52,7 @@ class Metrics:
         )
         self.moved_tokens = counter(
             "fastserve_kv_tokens",
-            "Tokens whose KV was offloaded, uploaded or recomputed",
+            "Tokens whose KV was offloaded, uploaded, recomputed or found in the prefix cache",
             "operation",
         )
         self.kv_wait = counter(

@@ -112,6 +112,11 @@ class SchedulerSettings(RpcSettings):
         default=0.25, gt=0, le=1, description="share of the rows that promoted jobs may take"
     )
 
+    prefix_cache: Literal["off", "tenant", "all"] = Field(
+        default="tenant",
+        description="whose requests share the KV cache of equal beginnings: nobody's (off), those "
+        "of one tenant, or all",
+    )
     kv_strategy: Literal["proactive", "reactive", "recompute", "defer"] = Field(
         default="proactive",
         description="when the device is full, KV caches leave ahead of need (proactive), at need "

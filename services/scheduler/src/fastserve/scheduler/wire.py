@@ -14,6 +14,7 @@ from fastserve.scheduler.core import (
     KvStatus,
     OpDone,
     Plan,
+    PrefixCache,
     ProtocolError,
     Report,
     RowResult,
@@ -102,8 +103,14 @@ def reset_plan(shard: str, epoch: int) -> worker_pb2.RunRequest:
 class StreamCodec:
     """Names jobs by small handles for the life of one stream."""
 
-    def __init__(self, epoch: int, record_of: Callable[[str], JobRecord | None]) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        record_of: Callable[[str], JobRecord | None],
+        prefix_cache: PrefixCache,
+    ) -> None:
         """`record_of` finds the job of an id; unknown ones can only be released."""
+        self._prefix_cache = prefix_cache
         self._epoch = epoch
         self._record_of = record_of
         self._handles: dict[str, int] = {}
@@ -146,6 +153,7 @@ class StreamCodec:
                 job.prompt_len = len(record.spec.prompt)
                 job.sampling.CopyFrom(record.sampling)
                 job.traceparent = record.traceparent
+                job.cache_salt = self._prefix_cache.salt(record.spec)
         return handle
 
     def decode(self, wire: worker_pb2.IterationReport) -> Report:
@@ -182,6 +190,10 @@ class StreamCodec:
                     wire.finish_reasons,
                     strict=True,
                 )
+            ],
+            cached=[
+                (ids[handle], tokens)
+                for handle, tokens in zip(wire.cached_handles, wire.cached_tokens, strict=True)
             ],
             ops=[
                 OpDone(op_id, _STATUS[status], tokens, size, seconds)

@@ -1,8 +1,14 @@
-"""Which device blocks are free: pure bookkeeping."""
+"""Which device blocks are free, who shares them, and what the cached ones hold: pure bookkeeping.
+
+A block with content that may be used again has a key. It is shared while jobs hold it; once nobody
+does it counts as free and keeps its content until it is the least recently used one and a block is
+needed. So the cache never takes anything from a job.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 
 class NoFreeBlock(Exception):
@@ -10,30 +16,92 @@ class NoFreeBlock(Exception):
 
 
 class BlockPool:
-    """Blocks 0 .. count-1. Taking and giving back is O(1) per block; a double free is an error."""
+    """Blocks 0 .. count-1. All is O(1) per block; a double free is an error."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count - 1, -1, -1))
-        self._is_free = bytearray(b"\x01" * count)
+        self._blank = list(range(count - 1, -1, -1))  # free, with nothing to be kept
+        self._kept: OrderedDict[int, None] = OrderedDict()  # free, the least recently used first
+        self._holders = [0] * count
+        self._keys: list[bytes | None] = [None] * count
+        self._by_key: dict[bytes, int] = {}
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Blocks that nobody holds."""
+        return len(self._blank) + len(self._kept)
+
+    @property
+    def kept(self) -> int:
+        """Of them, those whose content can be used again."""
+        return len(self._kept)
 
     def take(self, count: int) -> list[int]:
-        """`count` blocks; raises `NoFreeBlock` if there are fewer."""
-        if count > len(self._free):
-            raise NoFreeBlock(f"{count} blocks wanted, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(count)]
-        for block in taken:
-            self._is_free[block] = 0
+        """`count` blocks to write to; raises `NoFreeBlock` if there are fewer."""
+        if count > self.free:
+            raise NoFreeBlock(f"{count} blocks wanted, {self.free} free")
+        taken = []
+        for _ in range(count):
+            if self._blank:
+                block = self._blank.pop()
+            else:
+                block, _ = self._kept.popitem(last=False)
+                self._forget(block)
+            self._holders[block] = 1
+            taken.append(block)
         return taken
 
-    def give_back(self, blocks: Iterable[int]) -> None:
-        """Free blocks; raises ValueError for one that is free already."""
-        for block in blocks:
-            if self._is_free[block]:
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Somebody holds them no more; raises ValueError for one that nobody holds.
+
+        Of a sequence the last ones go first when room is made: without the first ones they are of
+        no use.
+        """
+        for block in reversed(blocks):
+            if not self._holders[block]:
                 raise ValueError(f"block {block} is freed twice")
-            self._is_free[block] = 1
-            self._free.append(block)
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            if self._keys[block] is None:
+                self._blank.append(block)
+            else:
+                self._kept[block] = None
+
+    # --- content -----------------------------------------------------------------------------
+
+    def share(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest run of keys that are known, held once more; only to be read."""
+        shared = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            self._kept.pop(block, None)
+            self._holders[block] += 1
+            shared.append(block)
+        return shared
+
+    def register(self, block: int, key: bytes) -> None:
+        """A held block has its final content, which nobody may change from now on.
+
+        Nothing happens if there is a block with that content already.
+        """
+        if self._keys[block] is None and key not in self._by_key:
+            self._keys[block] = key
+            self._by_key[key] = block
+
+    def shared(self, block: int) -> bool:
+        """Whether others than its holder read it, or may come to: it must not be changed."""
+        return self._keys[block] is not None or self._holders[block] > 1
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What these held blocks hold is not to be used again."""
+        for block in blocks:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None:
+            self._keys[block] = None
+            del self._by_key[key]

@@ -20,6 +20,7 @@ from fastserve.worker.kv_ops import KvMover, KvOps
 from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.sampling import Sampled, SampleRow, SamplingParams, sample
+from fastserve.worker.prefix_cache import BlockKeys
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +41,7 @@ class NewJob:
     prompt_len: int
     params: SamplingParams
     traceparent: str
+    salt: bytes = b""  # jobs with the same one share KV of equal beginnings; b"": with nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class Iteration:
     rows: list[tuple[int, int, int]] = field(default_factory=list)  # handle, new, computed
     sampled: list[tuple[int, int, Sampled, str]] = field(default_factory=list)
     #   handle, output index, token, finish: "", "stop" or "length"
+    lookups: list[tuple[int, int, int]] = field(default_factory=list)
+    #   jobs that began with nothing on the device: handle, known tokens, those found in the cache
     stalled: list[int] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
     ops: list[OpResult] = field(default_factory=list)
@@ -90,6 +94,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self.pool = BlockPool(kv.num_blocks)
+        self._keys = BlockKeys(kv.block_size)
         self.kv_ops = KvOps(self.pool, kv.block_size, mover)
         self._held: dict[str, Job] = {}
         self._by_handle: dict[int, Job] = {}
@@ -123,7 +128,7 @@ class Engine:
             if job.finished or (not job.blocks and not job.host_tokens):
                 # A finished job may be one whose last token the scheduler never heard of; it is
                 # sent whole again then, and its KV is recomputed or uploaded.
-                self._drop_device(job)
+                self.kv_ops.free_device(job)
                 if not job.host_tokens:
                     del self._held[job_id]
         for job_id, tokens in host_tokens.items():
@@ -179,14 +184,18 @@ class Engine:
             job = Job(new.job_id, new.handle, new.token_ids, new.prompt_len, new.params)
             self._held[new.job_id] = job
         else:
+            common = _common_prefix(job.tokens, new.token_ids)
             if job.blocks:
                 # Recomputing the last token yields its logits: keep KV of what comes before it.
-                common = _common_prefix(job.tokens, new.token_ids)
                 job.computed = max(0, min(job.computed, common, len(new.token_ids) - 1))
                 self._trim(job)
+            if job.host_tokens > common:
+                # The host may have KV of output that was lost and sampled again, rounded otherwise.
+                job.certain = min(job.certain, max(common, new.prompt_len))
             job.tokens, job.prompt_len, job.params = new.token_ids, new.prompt_len, new.params
             job.handle, job.finished = new.handle, False
-        job.traceparent = new.traceparent
+            job.keys, job.registered = [], 0
+        job.traceparent, job.salt = new.traceparent, new.salt
         self._by_handle[new.handle] = job
         why = self._why_unfit(new)
         if why:
@@ -207,13 +216,13 @@ class Engine:
         return ""
 
     def _trim(self, job: Job) -> None:
-        keep = -(-job.computed // self._kv.block_size)
+        """Keep the blocks of what is computed; one that others read is not written again."""
+        full, part = divmod(job.computed, self._kv.block_size)
+        if part and self.pool.shared(job.blocks[full]):
+            job.computed, part = job.computed - part, 0
+        keep = full + bool(part)
         self.pool.give_back(job.blocks[keep:])
         del job.blocks[keep:]
-
-    def _drop_device(self, job: Job) -> None:
-        self.pool.give_back(job.blocks)
-        job.blocks, job.computed = [], 0
 
     # --- iterations --------------------------------------------------------------------------
 
@@ -247,16 +256,42 @@ class Engine:
         """Rows that can run with the count of tokens each processes; blocks are taken for them."""
         work = []
         for job, most in self._rows:
+            begins = not job.blocks
+            if begins:
+                self._share(job)
             count = min(most, len(job.tokens) - job.computed)
             needed = -(-(job.computed + count) // self._kv.block_size) - len(job.blocks)
             try:
-                job.blocks += self.pool.take(max(0, needed))
+                fresh = self.pool.take(max(0, needed))
             except NoFreeBlock as error:
                 log.error("a row has no block", job_id=job.job_id, reason=str(error))
                 result.stalled.append(job.handle)
+                if begins:
+                    self.kv_ops.free_device(job)
                 continue
+            if begins and job.salt:
+                result.lookups.append((job.handle, len(job.tokens), job.computed))
+            job.blocks += fresh
             work.append((job, count))
         return work
+
+    def _share(self, job: Job) -> None:
+        """Begin with the full blocks that are there already, but for the last known token: its
+        logits are the next one's."""
+        if job.salt:
+            size = self._kv.block_size
+            job.blocks = self.pool.share(self._keys.of(job, 0, (len(job.tokens) - 1) // size))
+            job.registered = len(job.blocks)
+            job.computed = job.registered * size
+
+    def _offer(self, job: Job) -> None:
+        """Let others have the blocks that have become full."""
+        full = int(min(job.computed, job.certain)) // self._kv.block_size
+        if job.salt and full > job.registered:
+            first, job.registered = job.registered, full
+            keys = self._keys.of(job, first, full)
+            for block, key in zip(job.blocks[first:full], keys, strict=True):
+                self.pool.register(block, key)
 
     def _forward(self, work: list[tuple[Job, int]], result: Iteration) -> None:
         batch = Batch(
@@ -285,10 +320,12 @@ class Engine:
             job.computed += count
             result.rows.append((job.handle, count, job.computed))
             result.context_tokens += job.computed
+            self._offer(job)
             if job.traceparent:
                 result.traceparents.append(job.traceparent)
         for job, token in zip(sampling, chosen, strict=True):
             if token is None:
+                self.pool.forget(job.blocks)
                 self._fail(job, "the model's logits are not finite", result)
             else:
                 self._append(job, token, result)

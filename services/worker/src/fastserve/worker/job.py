@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -57,6 +58,9 @@ class Job:
     tokens: prompt, then output. computed: how many of them have KV in `blocks`, in order.
     host_tokens: how many have committed KV on the host. ops: KV operations not ended yet, oldest
     first; the first is under way if `copying`, and until it ends no block of the job is freed.
+    salt: jobs with the same one share blocks; with b"" it shares none. keys: of its first blocks,
+    as far as they were made. registered: how many of its first blocks were offered to others.
+    certain: tokens up to which its KV is surely that of its tokens.
     """
 
     job_id: str
@@ -71,6 +75,10 @@ class Job:
     host_generation: int = 0  # life of the sidecar that has them
     finished: bool = False
     copying: bool = False
+    salt: bytes = b""
+    keys: list[bytes] = field(default_factory=list)
+    registered: int = 0
+    certain: float = math.inf
     ops: deque[Op] = field(default_factory=deque)
 
     @property

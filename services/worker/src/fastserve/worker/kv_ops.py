@@ -66,6 +66,11 @@ class KvOps:
         """Results of an earlier stream mean nothing to the next one."""
         self._results.clear()
 
+    def free_device(self, job: Job) -> None:
+        """Its device blocks are its own no more. No copy of them may be under way."""
+        self._pool.give_back(job.blocks)
+        job.blocks, job.computed, job.registered = [], 0, 0
+
     def _start(self, job: Job) -> None:
         """Run queued operations until one has to wait for a copy."""
         while job.ops and not job.copying:
@@ -78,12 +83,12 @@ class KvOps:
                 case OpKind.UPLOAD:
                     self._upload(job, op)
                 case OpKind.DROP_DEVICE:
-                    self._free_device(job)
+                    self.free_device(job)
                     self._end(job, op, OpStatus.OK, job.host_tokens)
                 case OpKind.DROP_HOST:
                     self._release(job, op)
                 case OpKind.RELEASE:
-                    self._free_device(job)
+                    self.free_device(job)
                     self._release(job, op)
 
     def _release(self, job: Job, op: Op) -> None:
@@ -102,7 +107,7 @@ class KvOps:
             for i in range(first, -(-job.computed // self._block_size))
         ]
         if not refs or job.host_tokens >= job.computed:
-            self._free_device(job)
+            self.free_device(job)
             self._end(job, op, OpStatus.OK, job.host_tokens)
             return
         self._copy(job, lambda done: self._mover.store(job.job_id, refs, done), op)
@@ -151,7 +156,7 @@ class KvOps:
         if op.kind is OpKind.OFFLOAD and status is OpStatus.OK:
             job.host_tokens = tokens = job.computed
             job.host_generation = self._mover.generation
-            self._free_device(job)
+            self.free_device(job)
         elif op.kind is OpKind.COPY_OUT and status is OpStatus.OK:
             job.host_tokens = tokens = stored
             job.host_generation = self._mover.generation
@@ -159,7 +164,7 @@ class KvOps:
             # The last known token is computed again: its logits are the next token's.
             job.computed = tokens = min(job.host_tokens, max(0, len(job.tokens) - 1))
         elif op.kind is OpKind.UPLOAD:
-            self._free_device(job)
+            self.free_device(job)
             if status is OpStatus.LOST:
                 job.host_tokens = 0
         elif op.kind in (OpKind.DROP_HOST, OpKind.RELEASE):
@@ -175,7 +180,3 @@ class KvOps:
             job.ops.popleft()
             copied = copied or Copied(0, 0, 0.0)
             self._results.append(OpResult(op.op_id, status, tokens, copied.bytes, copied.seconds))
-
-    def _free_device(self, job: Job) -> None:
-        self._pool.give_back(job.blocks)
-        job.blocks, job.computed = [], 0

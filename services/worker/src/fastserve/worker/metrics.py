@@ -58,6 +58,16 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.cache_queries = Counter(
+            "fastserve_prefix_cache_queries",
+            "Tokens of jobs that began with nothing on the device and may share KV",
+            registry=registry,
+        )
+        self.cache_hits = Counter(
+            "fastserve_prefix_cache_hits",
+            "Of them, those whose KV was there already",
+            registry=registry,
+        )
 
         def labelled(kind: type[Gauge] | type[Counter], name: str, text: str) -> Any:
             return kind(name, text, ["model_name"], registry=registry).labels(model)
@@ -65,6 +75,12 @@ class Metrics:
         self._running = labelled(Gauge, "vllm:num_requests_running", "Rows in the last iteration")
         self._usage = labelled(Gauge, "vllm:kv_cache_usage_perc", "Share of KV blocks used (0-1)")
         self._prompt = labelled(Counter, "vllm:prompt_tokens", "Tokens prefilled")
+        self._cache_queries = labelled(
+            Counter, "vllm:prefix_cache_queries", "As fastserve_prefix_cache_queries_total"
+        )
+        self._cache_hits = labelled(
+            Counter, "vllm:prefix_cache_hits", "As fastserve_prefix_cache_hits_total"
+        )
         self._generated = labelled(Counter, "vllm:generation_tokens", "Tokens sampled")
         self._iteration_tokens = Histogram(
             "vllm:iteration_tokens_total",
@@ -92,6 +108,15 @@ class Metrics:
             self.control.observe(iteration.control_seconds)
         self._running.set(len(iteration.rows))
         self._prompt.inc(prefilled)
+        queries = sum(known for _, known, _ in iteration.lookups)
+        hits = sum(cached for _, _, cached in iteration.lookups)
+        for counter, tokens in (
+            (self.cache_queries, queries),
+            (self._cache_queries, queries),
+            (self.cache_hits, hits),
+            (self._cache_hits, hits),
+        ):
+            counter.inc(tokens)
         self._generated.inc(len(iteration.sampled))
         self._iteration_tokens.observe(sum(new for _, new, _ in iteration.rows))
 

@@ -72,6 +72,7 @@ def _job_from(message: worker_pb2.Job) -> NewJob:
         prompt_len=message.prompt_len,
         params=_sampling_from(message.sampling),
         traceparent=message.traceparent,
+        salt=message.cache_salt,
     )
 
 
@@ -119,6 +120,10 @@ def report_from(
         failed_handles=[handle for handle, _ in iteration.failed],
         failures=[why for _, why in iteration.failed],
     )
+    for handle, _, cached in iteration.lookups:
+        if cached:
+            report.cached_handles.append(handle)
+            report.cached_tokens.append(cached)
     for handle, index, sampled, finish in iteration.sampled:
         report.sampled_handles.append(handle)
         report.sampled_indexes.append(index)

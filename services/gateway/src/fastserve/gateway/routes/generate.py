@@ -106,7 +106,7 @@ async def _whole(request: Request, accepted: Accepted) -> Response:
     finally:
         generation.close()
         describe_answer(generation, accepted.prompt_tokens)
-    usage = Usage(accepted.prompt_tokens, generation.completion_tokens)
+    usage = Usage(accepted.prompt_tokens, generation.completion_tokens, generation.cached_tokens)
     return Response(accepted.answer.whole(choices, usage), media_type="application/json")
 
 
@@ -159,7 +159,9 @@ async def _begin(
     seen = resume.seen if resume else [0] * count
     choices = [Choice(at, gateway.tokenizer, options, seen[at]) for at in range(count)]
     times = RequestTimes(gateway.metrics, model, started_at(request.scope), len(submits))
-    generation = await Generation.start(client, submits, choices, times, attach=resume is not None)
+    generation = await Generation.start(
+        client, submits, choices, times, n=body.n or 1, attach=resume is not None
+    )
     prompt_tokens = sum(map(len, prompts))
     gateway.metrics.prompt_tokens.labels(model).observe(prompt_tokens)
     head = Head(response_id, int(time.time()), model, tier_of(body, ordering))

@@ -21,6 +21,7 @@ class Job:
         "attained",
         "booked",
         "boosted",
+        "cached",
         "computed",
         "dropped_at",
         "drops",
@@ -83,6 +84,7 @@ class Job:
         # KV cache.
         self.kv = KvState.NONE
         self.computed = 0  # tokens in device KV, as last reported
+        self.cached = 0  # tokens of the prompt that were in the prefix cache when it first began
         self.host_tokens = 0  # committed tokens on the host
         self.drops = 0  # times it lost its KV cache to make room
         self.dropped_at = 0  # tokens that were computed when it last lost some

@@ -48,6 +48,8 @@ class ReportReader:
         group.iteration += bool(report.iteration)
         group.reached(report.plan_id, bool(report.iteration))
         progress = Progress([], [])
+        for job_id, tokens in report.cached:
+            self._began(group, job_id, tokens)
         self._rows(group, report, now)
         self._tokens(group, report, progress, now)
         for job_id, message in report.failed:
@@ -57,6 +59,13 @@ class ReportReader:
         return progress
 
     # --- rows and tokens ---------------------------------------------------------------------
+
+    def _began(self, group: Group, job_id: str, tokens: int) -> None:
+        """Its first row found KV in the cache. What it had had itself before is nobody's saving."""
+        job = group.jobs.get(job_id)
+        if job is not None and not job.peak:
+            job.cached = min(tokens, job.prompt_len)
+            self._counters["tokens.cached"] += job.cached
 
     def _rows(self, group: Group, report: Report, now: float) -> None:
         if not report.rows:
@@ -223,6 +232,10 @@ def _check_sense(group: Group, report: Report) -> None:
                 f"a row of {new_tokens} tokens and {computed} in all for job {job_id}, which may "
                 f"have {job.max_len}"
             )
+    for job_id, tokens in report.cached:
+        job = find(job_id)
+        if job is not None and tokens >= job.max_len:
+            raise ProtocolError(f"{tokens} tokens in the cache for job {job_id}")
     for done in report.ops:
         op = group.ops[done.op_id]
         if op.job is not None and done.tokens > op.job.max_len:

@@ -90,6 +90,20 @@ class KvStrategy(StrEnum):
     DEFER = auto()  # stay; newcomers wait
 
 
+class PrefixCache(StrEnum):
+    """Whose jobs share the KV of equal beginnings."""
+
+    OFF = auto()
+    TENANT = auto()  # those of one tenant
+    ALL = auto()
+
+    def salt(self, spec: JobSpec) -> bytes:
+        """What jobs that share have in common; empty: it shares with nobody."""
+        if self is PrefixCache.TENANT:
+            return b"tenant:" + spec.tenant.encode()
+        return b"all" if self is PrefixCache.ALL else b""
+
+
 class Demotion(StrEnum):
     """What a used-up quantum costs a job in the multi-level policies."""
 
@@ -252,6 +266,7 @@ class Report:
     iteration: int  # counts up on the stream, from 1
     rows: Sequence[tuple[str, int, int]] = ()  # as `RowResult`
     sampled: Sequence[tuple[str, int, int, FinishReason | None]] = ()  # as `SampledToken`
+    cached: Sequence[tuple[str, int]] = ()  # job that begins, tokens of it found in the cache
     ops: Sequence[OpDone] = ()
     stalled: Sequence[str] = ()
     failed: Sequence[tuple[str, str]] = ()  # job id, message
@@ -340,6 +355,7 @@ class SchedulerConfig:
     kv_strategy: KvStrategy = KvStrategy.PROACTIVE
     kv_reserve_blocks: int | None = None  # kept idle; None: as newcomers and growth call for
     kv_write_through: bool = True  # proactive: copy full blocks out before their job has to leave
+    prefix_cache: PrefixCache = PrefixCache.TENANT
     fair_sharing: bool = True  # between the tenants of a class, where the policy has it
 
     def __post_init__(self) -> None:
@@ -351,7 +367,11 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        for name, kind in (("kv_strategy", KvStrategy), ("demotion", Demotion)):
+        for name, kind in (
+            ("kv_strategy", KvStrategy),
+            ("demotion", Demotion),
+            ("prefix_cache", PrefixCache),
+        ):
             value = getattr(self, name)
             if value not in list(kind):
                 known = ", ".join(kind)

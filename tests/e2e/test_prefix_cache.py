@@ -1,0 +1,54 @@
+"""Requests that begin alike: the second computes less, says so, and gives the same text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.deployment import Deployment, deployment
+from support.streams import TIMEOUT, Answer, body_of, stream
+from support.waiting import eventually
+
+PREFIX = "The harbour of the small town had been built for fishing boats. " * 30
+KEYS = "sk-one tenant=one\nsk-too tenant=one\nsk-two tenant=two\n"
+
+
+async def ask(running: Deployment, key: str, prompt: str) -> Answer:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=running.url, timeout=TIMEOUT, headers=headers) as client:
+        answer = await stream(client, body_of(prompt, 24), Answer())
+    assert answer.error is None and answer.usage["completion_tokens"] == 24
+    return answer
+
+
+def cached(answer: Answer) -> int:
+    found: int = answer.usage["prompt_tokens_details"]["cached_tokens"]
+    return found
+
+
+@pytest.mark.parametrize("scope", ["tenant", "off"])
+async def test_a_second_request_with_the_same_beginning(tmp_path: Path, scope: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    flags = ("--prefix-cache", scope, "--api-key-file", str(keys), "--kv-blocks", "128")
+    with deployment(tmp_path / "state", *flags) as running:
+        first = await ask(running, "sk-one", PREFIX)
+        again = await ask(running, "sk-too", PREFIX)  # of the same tenant
+        other = await ask(running, "sk-two", PREFIX)
+        longer = await ask(running, "sk-one", PREFIX + first.text + " And then")
+        prompt = first.usage["prompt_tokens"]
+        assert first.text == again.text == other.text
+        assert (cached(first), cached(other)) == (0, 0)
+        if scope == "tenant":
+            assert cached(again) == (prompt - 1) // 16 * 16
+            assert cached(longer) >= cached(again)  # and part of the first answer, as a rule
+        else:
+            assert (cached(again), cached(longer)) == (0, 0)
+        hits = sum(map(cached, (first, again, other, longer)))
+        assert running.metric("worker", "fastserve_prefix_cache_hits_total") == hits
+        assert running.metric("worker", "vllm:prefix_cache_hits_total") == hits
+        assert running.metric("scheduler", "fastserve_kv_tokens_total", operation="cached") == hits
+        # Nothing is held any more: what the cache keeps counts as free.
+        await eventually(lambda: running.metric("worker", "vllm:kv_cache_usage_perc") == 0)
