@@ -226,18 +226,20 @@ async def test_a_redis_that_restarted_empty_holds_everything_again(
         ]
         for view in views:
             await view.accepted()
-        await worker.gate.step(10)
         leader = scheduler.service.leader
         assert leader is not None
+        before = leader.snapshot(include_jobs=False).workers[0].iterations
+        await worker.gate.step(10)
         # Nothing changes any more once all that ran was heard of.
         await eventually(
-            lambda: leader.snapshot(include_jobs=False).workers[0].iterations == 10,
+            lambda: leader.snapshot(include_jobs=False).workers[0].iterations == before + 10,
             "ten iterations",
         )
         valkey.stop()
         valkey.start()
         # Whoever looks while everything is written anew may find it gone once more.
         await eventually(lambda: leader.journal.losses >= 1 and leader.journal.durable)
+        await leader.journal.flush()
         held = await in_redis(valkey)
         assert held.keys() == {*names, "ended"}
         assert held["ended"].output == ended.tokens
