@@ -105,7 +105,7 @@ class Library:
     """A loaded library. Calls release the interpreter lock while they run."""
 
     def __init__(self, level: str) -> None:
-        """Raises `NativeError` if this process cannot run it, or if it is neither found nor built."""
+        """Raises `NativeError` if this process cannot run it, or it is neither found nor built."""
         if level not in levels():
             raise NativeError(f"this machine does not run {level}")
         self.level = level
