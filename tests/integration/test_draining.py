@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -184,30 +185,75 @@ async def test_a_group_that_comes_takes_the_jobs_of_one_that_leaves(valkey: Valk
                 assert begun.tokens + view.tokens == expected_tokens(seed, TOKENS)
 
 
-async def test_an_unknown_worker_cannot_be_drained(valkey: Valkey, tmp_path: Path) -> None:
+async def command(
+    *words: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "fastserve.cli", *words],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_an_unknown_worker_cannot_be_drained(valkey: Valkey) -> None:
     async with fakes("a") as (worker,), running_scheduler(valkey, worker) as scheduler:
-
-        async def command(*words: str) -> subprocess.CompletedProcess[str]:
-            return await asyncio.to_thread(
-                subprocess.run,
-                [
-                    *(sys.executable, "-m", "fastserve.cli", "drain", *words),
-                    *("--scheduler", scheduler.address, "--state-dir", str(tmp_path)),
-                ],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-
-        done = await command("z")
+        where = ("--scheduler", scheduler.address)
+        done = await command("drain", "z", *where)
         assert (done.returncode, done.stderr.strip()) == (
             1,
             "no worker 'z' is connected (there are: a)",
         )
-        done = await command("a")
+        done = await command("drain", "a", *where)
         assert done.returncode == 0 and "no jobs left" in done.stdout, done
         async with asyncio.timeout(10):
             await worker.may_leave.wait()
-        done = await command("a", "--undo")
+        done = await command("drain", "a", "--undo", *where)
         assert done.returncode == 0 and "takes new jobs again" in done.stdout, done
+
+
+async def test_the_commands_speak_mutual_tls(valkey: Valkey, tmp_path: Path) -> None:
+    worker = FakeWorker(worker_id="group-7", device_blocks=64)
+    async with (
+        worker.serving(f"unix:{tmp_path}/worker"),
+        running_scheduler(
+            valkey,
+            worker,
+            **{f"tls_{name}": path for name, path in _tls("peer").items()},
+            tls_server_name="sidecar.test",
+        ) as scheduler,
+    ):
+        where = ("--scheduler", scheduler.address)
+        flags = [f"--tls-{name}={path}" for name, path in _tls("peer").items()]
+        name = "--tls-server-name=sidecar.test"
+        variables = {f"FASTSERVE_TLS_{key.upper()}": str(v) for key, v in _tls("peer").items()}
+
+        drained, shown, plain, stranger, half = await asyncio.gather(
+            command("drain", "group-7", *where, *flags, name),
+            command("top", "--once", *where, name, env=variables),
+            command("drain", "group-7", "--undo", *where),
+            command(
+                *("drain", "group-7", "--undo", *where, name),
+                *(f"--tls-{name}={path}" for name, path in _tls("stranger").items()),
+            ),
+            command("top", "--once", *where, flags[0]),
+        )
+        assert drained.returncode == 0 and "no jobs left" in drained.stdout, drained
+        assert shown.returncode == 0 and "group-7" in shown.stdout, shown
+        for refused in (plain, stranger):
+            assert refused.returncode == 1 and "no scheduler leads" in refused.stderr, refused
+        assert (half.returncode, half.stderr.strip()) == (
+            1,
+            "settings: Value error, --tls-cert, --tls-key and --tls-ca go together",
+        )
+        async with asyncio.timeout(10):
+            await worker.may_leave.wait()
+    assert worker.violations == []
+
+
+def _tls(cert: str) -> dict[str, Path]:
+    folder = Path(__file__).parents[1] / "support" / "tls"
+    return {"cert": folder / f"{cert}.crt", "key": folder / f"{cert}.key", "ca": folder / "ca.crt"}

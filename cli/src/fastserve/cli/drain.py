@@ -9,33 +9,22 @@ from typing import Any, Final
 import grpc
 
 from fastserve.cli.errors import CliError
-from fastserve.cli.state import StateFolder
+from fastserve.cli.schedulers import connect
+from fastserve.common.tls import Tls
 from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 _CALL_S: Final = 5.0
 _POLL_S: Final = 0.2
 
 
-def addresses(given: Sequence[str], folder: StateFolder) -> list[str]:
-    """Of the schedulers: as given, or those that run here. Raises `CliError`."""
-    if given:
-        return list(given)
-    state = folder.read()
-    if state is None:
-        raise CliError("FastServe does not run here: name its schedulers with --scheduler")
-    return [
-        service["address"]
-        for name, service in state["services"].items()
-        if name.startswith("scheduler") and service.get("address")
-    ]
-
-
-def drain(worker: str, schedulers: Sequence[str], *, undo: bool, wait_s: float) -> str:
+def drain(
+    worker: str, schedulers: Sequence[str], tls: Tls | None, *, undo: bool, wait_s: float
+) -> str:
     """Tell the leader, wait until nothing is left there, and say what came of it.
 
     Raises `CliError` if nobody leads, the worker is unknown, or jobs are left after `wait_s`.
     """
-    with _Leader(schedulers) as leader:
+    with _Leader(schedulers, tls) as leader:
         request = scheduler_pb2.DrainRequest(worker_id=worker, undo=undo)
         reply = leader.call("Drain", request)
         if undo:
@@ -59,8 +48,8 @@ def drain(worker: str, schedulers: Sequence[str], *, undo: bool, wait_s: float) 
 class _Leader:
     """The one of several schedulers that leads."""
 
-    def __init__(self, schedulers: Sequence[str]) -> None:
-        self._channels = [grpc.insecure_channel(address) for address in schedulers]
+    def __init__(self, schedulers: Sequence[str], tls: Tls | None) -> None:
+        self._channels = [connect(address, tls) for address in schedulers]
 
     def __enter__(self) -> _Leader:
         return self

@@ -40,6 +40,26 @@ StateDir = Annotated[
         show_default=False,
     ),
 ]
+_TLS = "Mutual TLS, as of the services"
+TlsCert = Annotated[
+    Path | None,
+    typer.Option(help="Certificate (PEM; or FASTSERVE_TLS_CERT).", rich_help_panel=_TLS),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(help="Its private key (PEM; or FASTSERVE_TLS_KEY).", rich_help_panel=_TLS),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(help="Authority of all (PEM; or FASTSERVE_TLS_CA).", rich_help_panel=_TLS),
+]
+TlsServerName = Annotated[
+    str | None,
+    typer.Option(
+        help="Name in their certificates (or FASTSERVE_TLS_SERVER_NAME; default: the host).",
+        rich_help_panel=_TLS,
+    ),
+]
 _ORDER = "Scheduling"
 _SIZES = "Sizes and limits"
 _PLACES = "Where"
@@ -298,16 +318,22 @@ def top(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print one view and exit.")] = False,
     interval: Annotated[float, typer.Option(help="Seconds between two views.", min=0.1)] = 1.0,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    tls_server_name: TlsServerName = None,
     state_dir: StateDir = None,
 ) -> None:
     """Watch queues, jobs that move between levels, KV tiers and workers; q ends it.
 
     Of what runs on this machine, or of --scheduler. Without a terminal it prints one view.
     """
+    from fastserve.cli.schedulers import tls
     from fastserve.cli.top import Sources, local_sources, run
 
-    named = Sources(scheduler, metrics or []) if scheduler else None
-    sources = named or local_sources(_folder(state_dir))
+    found = tls(tls_cert, tls_key, tls_ca, tls_server_name)
+    named = Sources(scheduler, metrics or [], found) if scheduler else None
+    sources = named or local_sources(_folder(state_dir), found)
     run(sources, Console(), once=once, interval_s=interval)
 
 
@@ -322,6 +348,10 @@ def drain(
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait until no job is left (0: do not).", min=0)
     ] = 60.0,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
+    tls_server_name: TlsServerName = None,
     state_dir: StateDir = None,
 ) -> None:
     """Take the jobs of a worker group away, before it is stopped. It gets no new ones.
@@ -330,9 +360,11 @@ def drain(
     worker (SIGTERM) does the same by itself.
     """
     from fastserve.cli import drain as draining
+    from fastserve.cli.schedulers import addresses, tls
 
-    schedulers = draining.addresses(scheduler or [], _folder(state_dir))
-    typer.echo(draining.drain(worker, schedulers, undo=undo, wait_s=timeout))
+    named = addresses(scheduler or [], _folder(state_dir))
+    found = tls(tls_cert, tls_key, tls_ca, tls_server_name)
+    typer.echo(draining.drain(worker, named, found, undo=undo, wait_s=timeout))
 
 
 @app.command()

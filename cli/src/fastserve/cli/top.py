@@ -18,10 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.live import Live
 
-from fastserve.cli.drain import addresses
 from fastserve.cli.errors import CliError
+from fastserve.cli.schedulers import addresses, connect
 from fastserve.cli.state import StateFolder
 from fastserve.cli.top_view import Sample, Tier, View
+from fastserve.common.tls import Tls
 from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 _TIMEOUT_S = 2.0
@@ -33,14 +34,15 @@ class Sources:
 
     schedulers: Sequence[str]
     sidecars: Sequence[str] = ()
+    tls: Tls | None = None  # of the calls to schedulers
 
 
-def local_sources(folder: StateFolder) -> Sources:
+def local_sources(folder: StateFolder, tls: Tls | None = None) -> Sources:
     """Those of the `fastserve up` of this folder. Raises `CliError` if none runs."""
     schedulers = addresses([], folder)
     services = (folder.read() or {"services": {}})["services"]
     sidecars = (s["metrics"] for name, s in services.items() if name.startswith("kv-offload"))
-    return Sources(schedulers, [url for url in sidecars if url])
+    return Sources(schedulers, [url for url in sidecars if url], tls)
 
 
 class Reader:
@@ -48,9 +50,7 @@ class Reader:
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
-        # In-cluster names and Unix sockets: never through a proxy.
-        options = [("grpc.enable_http_proxy", 0)]
-        self._channels = [grpc.insecure_channel(a, options) for a in sources.schedulers]
+        self._channels = [connect(address, sources.tls) for address in sources.schedulers]
         self._http = httpx.Client(timeout=_TIMEOUT_S, trust_env=False)
 
     def close(self) -> None:
