@@ -94,6 +94,11 @@
 {{- fail (printf "%s: groups of several pods cannot be autoscaled: set worker.autoscaling.enabled=false and choose worker.replicaCount groups" $at) }}
 {{- end }}
 {{- end }}
+{{- $local := div .ranks .pods | int }}
+{{- $gpus := index (default dict .worker.resources.limits) "nvidia.com/gpu" }}
+{{- if and $gpus (ne (int $gpus) $local) }}
+{{- fail (printf "%s: each worker pod runs %d rank(s), which have a GPU each: set worker.resources.limits.nvidia\\.com/gpu to %d instead of %v, or change tensor_parallel_size, pipeline_parallel_size or worker.podsPerGroup" $at $local $local $gpus) }}
+{{- end }}
 {{- if and (gt (int .ranks) 1) (gt (int .worker.shutdownTimeout) 25) }}
 {{- fail (printf "%s: torchrun gives ranks 30 seconds to end: set worker.shutdownTimeout to 25 or less" $at) }}
 {{- end }}

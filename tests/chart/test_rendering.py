@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from kubernetes_validate import utils
 
+from fastserve.cli.main import top
 from support.chart import CASES, CHART, FILES, Manifest, find, render, texts
 
 VERSIONS = ("1.30", "1.33", "1.37")  # the oldest that the chart takes to the newest
@@ -108,6 +110,25 @@ def test_notes_show_how_to_ask_every_model() -> None:
     assert "Authorization" in texts(CASES["everything"])["templates/NOTES.txt"]
 
 
+def test_notes_show_how_to_watch_the_scheduler() -> None:
+    notes = texts(CASES["tls"])["templates/NOTES.txt"]
+    assert "svc/fastserve-smollm2-scheduler 7070 &" in notes
+    words = notes.partition("fastserve top ")[2].splitlines()[0].split()
+    name = words[words.index("--tls-server-name") + 1]
+    certificate = find(render("tls"), "Certificate", "smollm2-scheduler")
+    assert certificate["spec"]["dnsNames"] == [name]
+    files = "tls.crt", "tls.key", "ca.crt"
+    assert [word for word in words if word.endswith((".crt", ".key"))] == [*files]
+    flags = {f"--{name.replace('_', '-')}" for name in inspect.signature(top).parameters}
+    assert {word for word in words if word.startswith("--")} <= flags
+
+
+def test_notes_say_what_autoscaling_needs() -> None:
+    assert "serviceMonitor.enabled" in texts(CASES["keda"])["templates/NOTES.txt"]
+    scraped = {**CASES["keda"], "serviceMonitor": {"enabled": True}}
+    assert "Autoscaling:" not in texts(scraped)["templates/NOTES.txt"]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a typing mistake": ({"gateway": {"replicas": 2}}, "replicas"),
     "a flag nobody has": ({"worker": {"settings": {"max_num_seq": 2}}}, "max_num_seq"),
@@ -136,6 +157,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pods without names": ({"worker": {"kind": "Deployment"}}, "scheduler.discovery=kubernetes"),
     "a short grace": ({"worker": {"terminationGracePeriodSeconds": 60}}, "65"),
     "ranks that cannot be shared": ({"worker": {"podsPerGroup": 2}}, "cannot be shared"),
+    "fewer GPUs than ranks": (
+        {
+            "worker": {
+                "settings": {"tensor_parallel_size": 2},
+                "shutdownTimeout": 20,
+                "resources": {"limits": {"nvidia.com/gpu": 1}},
+            }
+        },
+        "each worker pod runs 2 rank.* to 2 instead of 1",
+    ),
     "scaled the wrong way": (
         {"worker": {"autoscaling": {"enabled": True, "minReplicas": 9}}},
         "less than minReplicas",
