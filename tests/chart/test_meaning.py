@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fastserve.common import download
 from fastserve.common.errors import StartupError
@@ -20,9 +21,11 @@ from support.chart import (
     containers,
     environment,
     find,
+    manifests_of,
     pods,
     render,
     service_of,
+    texts,
 )
 from support.services import SETTINGS
 
@@ -376,6 +379,30 @@ def test_certificates_have_the_names_that_callers_ask_for() -> None:
         assert {"server auth", "client auth"} <= set(certificates[secrets["tls"]]["usages"]), where
         name = environment(found)["FASTSERVE_TLS_SERVER_NAME"]
         assert [name] == certificates[f"fastserve-smollm2-{called[component]}-tls"]["dnsNames"]
+
+
+def test_traces_reach_jaeger_by_way_of_the_collector() -> None:
+    def endpoints(manifests: list[Manifest]) -> set[str]:
+        return {
+            environment(found)["OTEL_EXPORTER_OTLP_ENDPOINT"]
+            for _, _, found in checks.ours(manifests)
+        }
+
+    manifests = render("everything")
+    there = checks.addresses(manifests)
+    jaeger, collector = (f"fastserve-{name}.{checks.DOMAIN}" for name in ("jaeger", "collector"))
+    assert {(jaeger, 4317), (collector, 4317)} <= there
+    assert endpoints(manifests) == {f"http://{collector}:4317"}
+    config = yaml.safe_load(find(manifests, "ConfigMap", "collector")["data"]["config.yaml"])
+    for kind, names in config["service"]["pipelines"]["traces"].items():
+        assert set(names) <= set(config[kind])
+    listens = config["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"]
+    ports = container(manifests, "collector")["ports"]
+    assert [listens.rpartition(":")[2]] == [str(port["containerPort"]) for port in ports]
+    assert config["exporters"]["otlp"]["endpoint"] == f"{jaeger}:4317"
+
+    alone = manifests_of(texts({"jaeger": {"enabled": True}}))
+    assert endpoints(alone) == {f"http://{jaeger}:4317"}
 
 
 def test_only_a_scheduler_that_watches_has_rights_and_no_more_than_it_needs() -> None:

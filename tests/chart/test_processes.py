@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.chart import NAMESPACE, Manifest, containers, environment, manifests_of, pods, texts
 from support.services import metrics
 from support.valkey import server_binary
+from support.waiting import eventually
 
 TLS = Path(__file__).parents[1] / "support" / "tls"
 _HOST = re.compile(rf"([\w.-]+)\.{NAMESPACE}\.svc\.cluster\.local:(\d+)")
@@ -222,11 +223,13 @@ async def test_the_containers_serve_an_answer_together(
 ) -> None:
     with cluster(values, tmp_path, default_model_folder) as made:
         assert set(made.container) == {*_ORDER, "test"}
+        made.start("kv-offload")  # a sidecar is up before its worker; nothing else has an order
+        await made.up("kv-offload")
+        for name in reversed(_ORDER):
+            if name != "kv-offload":
+                made.start(name)
         for name in _ORDER:
-            made.start(name)
-            if name != "worker":  # nobody waits for it
-                await made.up(name)
-        await made.up("worker")
+            await made.up(name)
         for name in _ORDER[1:]:
             await made.up(name, "readiness")
             await made.up(name, "liveness")
@@ -244,11 +247,12 @@ async def test_the_containers_serve_an_answer_together(
         assert answer.returncode == 0, f"{answer.stderr}{logs}"
         assert int(answer.stdout.split()[0]) >= 3, answer.stdout
 
+        worker = '{shard="smollm2",worker="fastserve-smollm2-worker-0"}'
+        queued = f"fastserve_queued_work_seconds{worker}"  # written every second
+        await eventually(lambda: made.series("scheduler").get(queued) == 0, queued)
         seen = {name: made.series(name) for name in _ORDER[1:]}
         first = 'vllm:time_to_first_token_seconds_count{model_name="SmolLM2-135M-Instruct"}'
         assert seen["gateway"][first] == 1
-        worker = '{shard="smollm2",worker="fastserve-smollm2-worker-0"}'
-        assert seen["scheduler"][f"fastserve_queued_work_seconds{worker}"] == 0
         for name, series in seen.items():
             told = {key.partition("{")[0] for key in series}
             told = {n for n in told if n.startswith(("fastserve_", "vllm:"))}

@@ -29,10 +29,18 @@ BODY = {
 }
 
 
+_STARTED = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"{time.monotonic() - _STARTED:5.0f} s  {text}", flush=True)
+
+
 def run(*command: str) -> str:
-    return subprocess.run(
-        command, check=True, text=True, stdout=subprocess.PIPE, timeout=400
-    ).stdout.strip()
+    """What it prints. What it complains of is shown if it fails."""
+    done = subprocess.run(command, check=False, text=True, capture_output=True, timeout=400)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+    return done.stdout.strip()
 
 
 def container(service: str) -> str:
@@ -115,14 +123,17 @@ def main() -> int:
     try:
         run("docker-compose", "up", "--detach", *SERVICES)
         base = url("gateway", 8000)
+        say("all containers are up")
         wait("the gateway is ready", lambda: ready(base), 120)
         undisturbed = stream(base, lambda events: None)
         assert len(undisturbed) > TOKENS
-        print(f"served: {undisturbed[:60]!r} ...")
+        say(f"an answer streamed: {undisturbed[:50]!r} ...")
         check_rights()
+        say("every service runs as 10001, cannot write to its image, and only the worker has torch")
         check_scrapes()
+        say("Prometheus scrapes all four services")
         kill_worker(base, undisturbed)
-        print("the worker was killed and restarted; the stream went on with the same text")
+        say("the worker was killed and restarted; the stream went on with the same text")
     except BaseException:
         subprocess.run(["docker-compose", "ps"], check=False)
         subprocess.run(["docker-compose", "logs", "--tail=40"], check=False)
@@ -133,6 +144,7 @@ def main() -> int:
     for kind in (["ps", "--all"], ["volume", "ls"], ["network", "ls"]):
         left = run("docker", *kind, "--quiet", "--filter", ours)
         assert not left, f"docker {kind[0]}: left behind: {left}"
+    say("everything is down, and nothing is left")
     return 0
 
 

@@ -122,7 +122,7 @@ def manifests_of(rendered: Mapping[str, str]) -> list[Manifest]:
         document
         for name, text in rendered.items()
         if name.endswith(".yaml")
-        for document in yaml.safe_load_all(text)
+        for document in yaml.load_all(text, Loader=yaml.CSafeLoader)
         if document is not None
     ]
 

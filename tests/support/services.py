@@ -49,8 +49,10 @@ def library_variables() -> set[str]:
 
     read = {value for value in vars(otel).values() if isinstance(value, str)}
     files = [Path(hub.__file__), *ROOT.glob("services/*/src/**/*.py")]
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
+    for source in (file.read_text() for file in files):
+        if not (_LIBRARIES.search(source) or _PREFIX in source):
+            continue  # parsing them all takes seconds
+        for node in ast.walk(ast.parse(source)):
             text = node.value if isinstance(node, ast.Constant) else None
             if isinstance(text, str) and (_LIBRARIES.match(text) or text.startswith(_PREFIX)):
                 read.add(text)
