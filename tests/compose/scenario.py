@@ -106,6 +106,12 @@ def check_scrapes() -> None:
     wait("Prometheus scrapes all four services", all_up, 60)
 
 
+def check_top() -> str:
+    address = url("scheduler", 7070).removeprefix("http://")
+    os.environ["COLUMNS"] = "100"
+    return run(sys.executable, "-m", "fastserve.cli", "top", "--once", "--scheduler", address)
+
+
 def kill_worker(base: str, undisturbed: str) -> None:
     """A crash as the kernel would do it: `docker kill` would tell Docker not to restart it."""
     pid = inspect("worker")["State"]["Pid"]
@@ -132,6 +138,9 @@ def main() -> int:
         say("every service runs as 10001, cannot write to its image, and only the worker has torch")
         check_scrapes()
         say("Prometheus scrapes all four services")
+        view = check_top()
+        assert "SmolLM2" in view and "not connected" not in view, view
+        say(f"fastserve top shows\n{view}")
         kill_worker(base, undisturbed)
         say("the worker was killed and restarted; the stream went on with the same text")
     except BaseException:
