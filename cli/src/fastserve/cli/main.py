@@ -14,7 +14,6 @@ from rich.console import Console
 
 from fastserve.bench.cli import OneSentence, simulate
 from fastserve.cli import bench
-from fastserve.cli.chat import Chat, print_answer
 from fastserve.cli.errors import CliError
 from fastserve.cli.stack import Options
 from fastserve.cli.state import StateFolder, default_folder
@@ -381,6 +380,8 @@ def chat(
     state_dir: StateDir = None,
 ) -> None:
     """Talk to the model; the answer streams. Without PROMPT: a conversation, until Ctrl-D."""
+    from fastserve.cli.chat import Chat, print_answer
+
     running = _folder(state_dir).read() if url is None else None
     where = url or (running["url"] if running else "http://127.0.0.1:8000")
     with Chat(where.rstrip("/").removesuffix("/v1"), api_key, model, system) as talk:

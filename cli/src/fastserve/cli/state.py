@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from fastserve.cli.errors import CliError
-from fastserve.common.lifecycle import write_json
+from fastserve.common.files import write_json
 
 
 def default_folder() -> Path:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import structlog
 import uvloop
 
 from fastserve.common.errors import FastServeError
+from fastserve.common.files import write_json
 from fastserve.common.settings import ServiceSettings, SettingsT, load_settings
 from fastserve.common.telemetry import configure_logging, configure_tracing
 
@@ -66,10 +65,3 @@ def announce_ready(settings: ServiceSettings, **info: str | int) -> None:
     log.info("ready", **info)
     if settings.ready_file is not None:
         write_json(settings.ready_file, {"pid": os.getpid(), **info})
-
-
-def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a small JSON file so that a reader sees the old content or all of the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value))
-    scratch.replace(path)
