@@ -42,7 +42,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Heads as wide as a tile of AMX, whose attention is another.
     "wide heads, three to one": (
         "Llama",
-        {"head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
+        {
+            "hidden_size": 144,
+            "head_dim": 64,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        },
     ),
     "wide heads, window": ("Mistral", {"head_dim": 32, "sliding_window": 20}),
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
