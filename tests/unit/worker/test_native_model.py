@@ -236,6 +236,18 @@ def test_logits_do_not_depend_on_company_or_chunks(
 
 
 @pytest.mark.parametrize(("dtype", "int8"), WAYS)
+@pytest.mark.parametrize("length", [193, 199, 200])  # 192 rows at a time; then 1, 7, 8 are left
+def test_rows_that_are_left_over_get_the_same_bits(
+    length: int, dtype: torch.dtype, int8: bool, folders: dict[str, Path]
+) -> None:
+    model = native(folder_of(folders, "odd sizes"), dtype, int8=int8)
+    tokens = prompt(length)
+    whole = alone(model, tokens, (length,))
+    parts = alone(model, tokens, (7, 15, 32, 49, length))
+    assert torch.equal(whole[length - 1], parts[length - 1])
+
+
+@pytest.mark.parametrize(("dtype", "int8"), WAYS)
 def test_larger_blocks_hold_the_same(
     dtype: torch.dtype, int8: bool, folders: dict[str, Path]
 ) -> None:
