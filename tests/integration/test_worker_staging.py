@@ -34,7 +34,7 @@ DEVICE_BLOCKS = 12
 HOST_BLOCKS = 16
 PROMPT = [17, 250, 99, 4, 31, 8, 77, 123, 54, 200, 201, 5, 61, 300, 19, 44, 72, 90, 11]
 BLOCK_BYTES = Pod.block_bytes
-SAMPLED = {"temperature": 0.8, "seed": 1234, "top_p": 0.95}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 1234, "top_p": 0.95}
 
 
 @pytest.fixture(scope="module")
