@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from support.pod import Pod
+from support.pod import Pod, beginnings_come_from_the_host
 from support.prompts import PROMPTS
 from support.tiny_models import VOCAB, tiny_model
 from support.worker_driver import DROP_DEVICE, OFFLOAD, OK, UPLOAD, WorkerDriver
@@ -95,6 +95,16 @@ async def test_a_group_gives_the_tokens_of_one_process(
         assert await answers(pod, prompts) == expected
         kinds = {name for name in pod.metrics() if name.startswith("fastserve_comm_seconds_count")}
         assert ("reduce" in str(kinds)) and "plan" in str(kinds)
+
+
+@pytest.mark.slow
+async def test_beginnings_come_from_the_host_at_every_rank(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_model(model)
+    with contextlib.ExitStack() as stack:
+        flags = ("--tensor-parallel-size=2",)
+        pod = Pod(tmp_path, model, stack, 12, 16, worker_flags=flags, ranks=2)
+        await beginnings_come_from_the_host(pod)
 
 
 # A rank that hangs is noticed by its silence alone, which takes longer on a busy machine.
