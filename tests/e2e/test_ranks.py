@@ -11,39 +11,29 @@ import pytest
 
 from support.deployment import deployment
 from support.streams import TIMEOUT, Answer, body_of, stream
-from support.tiny_models import tiny_model
 from support.waiting import eventually
 
 PROMPTS = ("A short history of the lighthouse:\n", "Notes on keeping bees in winter:\n", "Why?")
-# Two rows for three answers, and blocks for not much more: they take turns, and their KV moves.
-FLAGS = ("--dtype", "float32", "--threads", "1", "--max-num-seqs", "2", "--host-kv-blocks", "80")
+# Two rows for three answers, and blocks for little more.
+FLAGS = ("--dtype", "float32", "--threads", "1", "--max-num-seqs", "2")
+FLAGS += ("--kv-blocks", "14", "--host-kv-blocks", "80")
 TP_3, PP_2 = ("--tensor-parallel-size", "3"), ("--pipeline-parallel-size", "2")
-TINY = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}
+TOKENS = 90
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("model", "flags", "tokens"),
-    [
-        ("tiny", (*TP_3, "--kv-blocks", "40"), 300),
-        pytest.param(None, (*TP_3, "--kv-blocks", "14"), 90, marks=pytest.mark.slow),
-        pytest.param(None, (*PP_2, "--kv-blocks", "14"), 90, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("shape", [TP_3, PP_2])
 async def test_streams_go_on_after_a_rank_was_killed(
-    tmp_path: Path, model: str | None, flags: tuple[str, ...], tokens: int
+    tmp_path: Path, shape: tuple[str, str]
 ) -> None:
-    more = {}
-    if model is not None:
-        tiny_model(tmp_path / model, **TINY)
-        flags, more = (*flags, "--model", str(tmp_path / model)), {"model": model}
-    bodies = [body_of(prompt, tokens, **more) for prompt in PROMPTS]
-    with deployment(tmp_path / "up", *FLAGS, *flags) as running:
+    bodies = [body_of(prompt, TOKENS) for prompt in PROMPTS]
+    with deployment(tmp_path, *FLAGS, *shape) as running:
         async with httpx.AsyncClient(base_url=running.url, timeout=TIMEOUT) as client:
             expected = await asyncio.gather(*(stream(client, body, Answer()) for body in bodies))
             launcher = psutil.Process(running.service("worker")["pid"])
             ranks = launcher.children()
-            assert len(ranks) == int(flags[1])
+            assert len(ranks) == int(shape[1])
             answers = [Answer() for _ in bodies]
             async with asyncio.TaskGroup() as tasks:
                 for body, answer in zip(bodies, answers, strict=True):
@@ -56,7 +46,7 @@ async def test_streams_go_on_after_a_rank_was_killed(
         for answer, whole in zip(answers, expected, strict=True):
             assert answer.error is None, answer.error
             assert answer.text == whole.text
-            assert answer.usage["completion_tokens"] == tokens
+            assert answer.usage["completion_tokens"] == TOKENS
             assert answer.ids == sorted(set(answer.ids)), "a token twice"
         await eventually(lambda: running.restarted("worker"), "the group again", timeout=60.0)
         assert running.metric("worker", "fastserve_comm_seconds_count", kind="plan") > 0
