@@ -15,8 +15,10 @@ from support.waiting import eventually
 
 PROMPTS = ("A short history of the lighthouse:\n", "Notes on keeping bees in winter:\n", "Why?")
 # Two rows for three answers, and blocks for little more.
-FLAGS = ("--dtype", "float32", "--threads", "1", "--max-num-seqs", "2")
-FLAGS += ("--kv-blocks", "14", "--host-kv-blocks", "80")
+FLAGS = (
+    *("--dtype", "float32", "--threads", "1", "--max-num-seqs", "2"),
+    *("--kv-blocks", "14", "--host-kv-blocks", "80"),
+)
 TP_3, PP_2 = ("--tensor-parallel-size", "3"), ("--pipeline-parallel-size", "2")
 TOKENS = 90
 
