@@ -477,7 +477,7 @@ def memory(
     ] = None,
     policy: Annotated[
         str, typer.Option(help="Of all but fcfs.", rich_help_panel=_WHO)
-    ] = "skip-join-mlfq",
+    ] = "fastserve",
     rows: Annotated[
         int, typer.Option(min=1, help="Most jobs in an iteration.", rich_help_panel=_WHO)
     ] = 4,
