@@ -36,6 +36,7 @@ async def loaded(folder: Path) -> AsyncIterator[tuple[Cluster, EndlessLoad, Valk
             await load.learn()
             async with load.running():
                 yield cluster, load, valkey
+            cluster.kill()
         except BaseException:
             print(cluster.logs())
             raise

@@ -61,6 +61,59 @@ async def test_a_block_goes_out_and_comes_back(stub: Stub, sidecar: Running) -> 
     assert (released.freed_slots, released.free_slots) == (2, 4)
 
 
+async def test_the_prefix_cache_lives_in_room_that_nobody_needs(
+    stub: Stub, sidecar: Running
+) -> None:
+    caller = Caller(stub, await stub.Attach(attach()))
+
+    async def save(*keys: bytes) -> int:
+        fill = pb.ReserveRequest(cache_blocks=len(keys), **caller.who)
+        slots = list((await stub.Reserve(fill)).slots)
+        for slot, key in zip(slots, keys, strict=False):
+            caller.overwrite(slot, key * 100)
+        commit = pb.CommitRequest(
+            slots=slots, keys=keys[: len(slots)], checksums=[7] * len(slots), **caller.who
+        )
+        return (await stub.Commit(commit)).cached_blocks
+
+    async def read(*keys: bytes, damaged: bool = False) -> pb.ReadResponse:
+        call = stub.Read()
+        await call.write(pb.ReadRequest(keys=keys, **caller.who))
+        piece = await call.read()
+        if not isinstance(piece, pb.ReadResponse):
+            return pb.ReadResponse()
+        await call.write(pb.ReadRequest(damaged=damaged))
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+        return piece
+
+    assert await save(b"one", b"two", b"") == 2
+    piece = await read(b"one", b"two", b"three")
+    assert [caller.bytes_of(slot, 3) for slot in piece.slots] == [b"one", b"two"]
+    assert (list(piece.checksums), list(piece.valid_tokens)) == ([7, 7], [16, 16])
+    assert not (await read(b"three", b"one")).slots
+    assert (await caller.stats()).free_slots == 4
+    metrics = sidecar.metrics()
+    assert metrics['fastserve_host_kv_slots{state="cached"}'] == 2
+    assert metrics['fastserve_host_kv_slots{state="free"}'] == 2
+    assert metrics["fastserve_host_kv_usage_ratio"] == 0
+    # A job takes what it needs; what is left can still be read.
+    slots = await caller.reserve("a", 0, 1, 2)
+    assert len((await read(b"one", b"two")).slots) == 1
+    await caller.commit("a", slots, [16] * 3)
+    assert await save(b"four", b"five") == 1
+    assert not (await read(b"one")).slots
+    assert (await read(b"four", damaged=True)).slots
+    assert not (await read(b"four")).slots
+    # Nobody else knows the keys, and nobody is to find slots reserved by the dead.
+    await caller.release("a")
+    assert await save(b"five") == 1
+    await stub.Reserve(pb.ReserveRequest(cache_blocks=3, **caller.who))
+    await stub.Attach(attach(epoch=2))
+    stats = await caller.stats()
+    assert (stats.free_slots, stats.cached_blocks, stats.reserved_slots) == (4, 0, 0)
+
+
 async def test_full_pool_refuses_and_changes_nothing(stub: Stub) -> None:
     caller = Caller(stub, await stub.Attach(attach()))
     await caller.reserve("a", 0, 1, 2)

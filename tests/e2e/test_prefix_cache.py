@@ -52,3 +52,34 @@ async def test_a_second_request_with_the_same_beginning(tmp_path: Path, scope: s
         assert running.metric("scheduler", "fastserve_kv_tokens_total", operation="cached") == hits
         # Nothing is held any more: what the cache keeps counts as free.
         await eventually(lambda: running.metric("worker", "vllm:kv_cache_usage_perc") == 0)
+
+
+async def test_prompts_that_the_device_gave_up_come_from_the_host(tmp_path: Path) -> None:
+    """The device has room for one prompt and a bit; two take turns."""
+    flags = ("--kv-blocks", "32", "--host-memory", "200M", "--prefix-cache", "all")
+    prompts = [f"Chapter {number}. " + PREFIX[:1900] for number in range(2)]
+    with deployment(tmp_path / "state", *flags) as running:
+        first = []
+        for number, prompt in enumerate(prompts, 1):
+            first.append(await ask(running, "any", prompt))
+            blocks = number * (first[-1].usage["prompt_tokens"] // 16)
+
+            def saved(blocks: int = blocks) -> bool:
+                slots = running.metric("kv-offload", "fastserve_host_kv_slots", state="cached")
+                return slots >= blocks
+
+            await eventually(saved, f"{blocks} blocks on the host")
+        again = [await ask(running, "any", prompt) for prompt in prompts]
+        assert [answer.text for answer in again] == [answer.text for answer in first]
+        full = [(answer.usage["prompt_tokens"] - 1) // 16 * 16 for answer in first]
+        assert list(map(cached, first)) == [0, 0]
+        assert list(map(cached, again)) == full
+        hits = {
+            tier: running.metric("worker", "fastserve_prefix_cache_hits_total", tier=tier)
+            for tier in ("device", "host")
+        }
+        assert hits["host"] > sum(full) / 2 and sum(hits.values()) == sum(full)
+        assert running.metric("worker", "vllm:prefix_cache_hits_total") == sum(full)
+        assert running.metric("scheduler", "fastserve_kv_tokens_total", operation="cached") == sum(
+            full
+        )

@@ -44,6 +44,7 @@ async def rolling_restart(
                         assert await cluster.stop(name) == 0, name
                         await cluster.start(name)
                     await load.rounds()
+            cluster.kill()
         except BaseException:
             print(cluster.logs())
             raise

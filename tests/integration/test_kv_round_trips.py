@@ -222,7 +222,7 @@ async def by_scheduler(
                     assert again < sum(map(len, texts.prompts)), "it recomputed instead"
                 case "recompute":
                     assert preempted["recompute"] and again
-                    assert not worker.mover.blocks
+                    assert not worker.mover.blocks["stored"]
                 case "defer":
                     assert preempted["resident"], "nobody was preempted"
 

@@ -45,14 +45,15 @@ def one_thread() -> Iterator[None]:
 
 
 class NoCopies:
-    """KvMover for plans without KV operations."""
+    """Mover for plans without KV operations."""
 
-    generation = 0
+    generation = cached_blocks = 0
+    caches = False
 
     def store(self, *_: object) -> NoReturn:
         raise AssertionError("no copy was asked for")
 
-    load = release = store
+    load = release = save = fetch = store
 
 
 @dataclass

@@ -20,7 +20,7 @@ from fastserve.worker.staging.host_pool import Bytes
 from support.processes import Running, service
 from support.waiting import eventually
 
-BLOCKS, BLOCK_BYTES, TOKENS = 40, 12288, 4
+BLOCKS, BLOCK_BYTES, TOKENS = 44, 12288, 4
 HOST, DISK = 16, 40
 ROUNDS = 25
 
@@ -124,6 +124,43 @@ async def life(
     await staging.release([job])
 
 
+async def cache(
+    staging: KvStaging, blocks: Blocks, seed: int, done: asyncio.Event, happened: Counter[str]
+) -> None:
+    """The prefix cache in what room the jobs leave: what comes is what its key says. Some blocks
+    change during their copy, which is not to be kept then."""
+    rng = random.Random(seed)
+    texts = "uvwx"  # a chain of keys each
+    while not done.is_set():
+        text = rng.choice(texts)
+        keys = [f"{text}{index}".encode() for index in range(rng.randint(1, 4))]
+        mine = blocks.take(len(keys))
+        try:
+            if rng.random() < 0.5:
+                for index, block in enumerate(mine):
+                    blocks.kv[block] = pattern(text, index, 0)
+                spoilt = rng.choice([*range(len(keys)), None, None])
+
+                def intact(keys: list[bytes] = keys, spoilt: int | None = spoilt) -> list[bytes]:
+                    return [b"" if index == spoilt else key for index, key in enumerate(keys)]
+
+                copy = asyncio.create_task(staging.save(mine, intact))
+                if spoilt is not None:
+                    blocks.kv[mine[spoilt]] = 77
+                await copy
+                happened["cached"] += 1
+            else:
+                copied = await staging.fetch(keys, mine)
+                for index, block in enumerate(mine[: copied.tokens // TOKENS]):
+                    assert (blocks.kv[block] == pattern(text, index, 0)).all(), "other bytes"
+                happened["found" if copied.tokens else "missed"] += 1
+        except NoHostSpace:
+            happened["no room for the cache"] += 1
+        finally:
+            blocks.give_back(mine)
+        await asyncio.sleep(0)
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_every_upload_shows_what_was_stored_last(sidecar: Running, seed: int) -> None:
     kv = torch.zeros(BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
@@ -136,8 +173,13 @@ async def test_every_upload_shows_what_was_stored_last(sidecar: Running, seed: i
             jobs = [
                 life(job, staging, blocks, seed * 10 + n, happened) for n, job in enumerate("abcde")
             ]
+            done = asyncio.Event()
+            caching = asyncio.create_task(cache(staging, blocks, seed, done, happened))
             await asyncio.gather(*jobs)
+            done.set()
+            await caching
         assert happened["stored"] and happened["loaded"]
+        assert happened["cached"] and happened["found"] and happened["missed"]
         metrics = sidecar.metrics()
         for direction in ("in", "out"):
             labels = f'{{direction="{direction}",tier="disk"}}'

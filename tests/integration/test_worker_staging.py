@@ -14,7 +14,7 @@ import pytest
 
 from fastserve.common.rpc import channel
 from fastserve.proto.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
-from support.pod import Pod
+from support.pod import Pod, beginnings_come_from_the_host
 from support.tiny_models import EOS, VOCAB, tiny_model
 from support.worker_driver import (
     COPY_OUT,
@@ -34,7 +34,7 @@ DEVICE_BLOCKS = 12
 HOST_BLOCKS = 16
 PROMPT = [17, 250, 99, 4, 31, 8, 77, 123, 54, 200, 201, 5, 61, 300, 19, 44, 72, 90, 11]
 BLOCK_BYTES = Pod.block_bytes
-SAMPLED = {"temperature": 0.8, "seed": 1234, "top_p": 0.95}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "seed": 1234, "top_p": 0.95}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,10 @@ async def test_full_blocks_go_out_while_the_job_runs_on(shared: Pod) -> None:
         assert await driver.generate(job, 40) == expected
         await driver.op(RELEASE, job)
         assert (await shared.stats()).committed_slots == 0
+
+
+async def test_beginnings_come_from_the_host(shared: Pod) -> None:
+    await beginnings_come_from_the_host(shared)
 
 
 async def test_a_full_host_refuses_and_the_job_goes_on(shared: Pod) -> None:

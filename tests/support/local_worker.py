@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from fastserve.common.rpc import GrpcServer
@@ -45,9 +45,10 @@ class WatchedMover(StagingMover):
         kv: KvCache,
     ) -> None:
         super().__init__(thread, loop, staging, metrics)
-        self._kv = kv.as_bytes()
+        self._kv, self._block_size = kv.as_bytes(), kv.block_size
         self._left: dict[str, dict[int, bytes]] = {}  # job -> digests of its blocks on the host
-        self.blocks: Counter[str] = Counter()  # "stored", "compared"
+        self._cached: dict[bytes, bytes] = {}  # key -> digest
+        self.blocks: Counter[str] = Counter()  # "stored", "compared", "cached", "fetched"
         self.different: list[str] = []
 
     def _digest(self, block: int) -> bytes:
@@ -74,6 +75,34 @@ class WatchedMover(StagingMover):
             done(status, copied)
 
         super().load(job_id, blocks, watched)
+
+    def save(
+        self, blocks: Sequence[int], intact: Callable[[], Sequence[bytes]], done: CopyDone
+    ) -> None:
+        before = [self._digest(block) for block in blocks]
+
+        def watched() -> Sequence[bytes]:
+            keys = intact()
+            for key, digest in zip(keys, before, strict=True):
+                if key:
+                    self._cached[key] = digest
+                    self.blocks["cached"] += 1
+            return keys
+
+        super().save(blocks, watched, done)
+
+    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyDone) -> None:
+        def watched(status: OpStatus, copied: Copied) -> None:
+            if status is OpStatus.OK:
+                for key, block in zip(
+                    keys[: copied.tokens // self._block_size], blocks, strict=False
+                ):
+                    self.blocks["fetched"] += 1
+                    if self._digest(block) != self._cached[key]:
+                        self.different.append(f"cached block {block}")
+            done(status, copied)
+
+        super().fetch(keys, blocks, watched)
 
 
 class LocalWorker:

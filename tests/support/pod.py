@@ -11,7 +11,8 @@ from typing import ClassVar
 from fastserve.common.rpc import channel
 from fastserve.proto.v1 import kv_offload_pb2, kv_offload_pb2_grpc
 from support.processes import Running, service
-from support.worker_driver import WorkerDriver, worker_driver
+from support.waiting import eventually_async
+from support.worker_driver import RELEASE, WorkerDriver, worker_driver
 
 
 @dataclass
@@ -78,3 +79,30 @@ class Pod:
 
     def metrics(self) -> dict[str, float]:
         return self.worker.metrics()
+
+
+async def beginnings_come_from_the_host(pod: Pod) -> None:
+    """A job, another one that takes all blocks of the device, and the job again: it begins with
+    what the host kept, says so, and gives the same tokens. For 12 blocks on the device, 16 there.
+    """
+    prompt = [(7 * n) % 250 for n in range(5 * Pod.block + 3)]
+    other = [n % 240 for n in range(11 * Pod.block)]
+    async with pod.driver() as driver:
+        for name, tokens, cached in (("first", prompt, 5), ("other", other, 16)):
+            job = driver.job(name, tokens, salt=b"a", temperature=0.0)
+            await driver.generate(job, 4, chunk=64)
+            await driver.op(RELEASE, job)
+
+            async def kept(blocks: int = cached * pod.ranks) -> bool:
+                return (await pod.stats()).cached_blocks == blocks
+
+            await eventually_async(kept, f"{cached} blocks on the host")
+        before = len(driver.reports)
+        job = driver.job("again", prompt, salt=b"a", temperature=0.0)
+        await driver.generate(job, 4, chunk=64)
+        told = [list(report.cached_tokens) for report in driver.reports[before:]]
+        assert [tokens for tokens in told if tokens] == [[5 * Pod.block]]
+        assert driver.output["again"] == driver.output["first"]
+        await driver.op(RELEASE, job)
+        assert driver.free_device_blocks == pod.device_blocks
+    assert pod.metrics()['fastserve_prefix_cache_hits_total{tier="host"}'] == 5 * Pod.block

@@ -81,12 +81,16 @@ class WorkerDriver:
 
     # --- down --------------------------------------------------------------------------------
 
-    def job(self, job_id: str, prompt: Sequence[int], **sampling: Any) -> str:
+    def job(self, job_id: str, prompt: Sequence[int], *, salt: bytes = b"", **sampling: Any) -> str:
         """A job that goes out, whole, with the first plan that names it; returns its id."""
         params = sampling_pb2.SamplingParams(**{"max_tokens": 500, "ignore_eos": True, **sampling})
         self.output.setdefault(job_id, [])
         self._jobs[job_id] = worker_pb2.Job(
-            job_id=job_id, token_ids=prompt, prompt_len=len(prompt), sampling=params
+            job_id=job_id,
+            token_ids=prompt,
+            prompt_len=len(prompt),
+            sampling=params,
+            cache_salt=salt,
         )
         return job_id
 

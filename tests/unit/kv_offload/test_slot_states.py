@@ -11,11 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastserve.kv_offload.errors import BlockMissing, NoFreeSlot, PoolFull
+from fastserve.kv_offload.cached_slots import CachedBlock
+from fastserve.kv_offload.errors import BlockMissing, NoFreeSlot, PoolFull, SlotError
 from fastserve.kv_offload.slots import Block, Holder, Move, SlotTable
 
 SLOTS, DISK_SLOTS = 6, 5
 JOBS = st.sampled_from("abc")
+KEYS = [b"k1", b"k2", b"k3", b"k4"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Slots(RuleBasedStateMachine):
         self.committed: dict[tuple[str, int], int] = {}  # -> value
         self.readers: list[Reader] = []
         self.moving: list[Block] = []
+        self.filling: list[int] = []
+        self.offered: dict[bytes, int] = {}  # key -> value that was cached last
+        self.cache_readers: list[list[CachedBlock]] = []
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -69,7 +74,7 @@ class Slots(RuleBasedStateMachine):
                 self.table.reserve(job, indexes, holder)
             return
         for slot, index in zip(self.table.reserve(job, indexes, holder), indexes, strict=True):
-            assert slot not in self.reserved
+            assert slot not in self.reserved and slot not in self.filling
             self.reserved[slot] = Reserved(job, index, holder)
             self.host[slot] = -next(self.values)
 
@@ -106,6 +111,8 @@ class Slots(RuleBasedStateMachine):
         assert self.table.drop_reservations() == len(mine)
         for slot in mine:
             del self.reserved[slot]
+        self.filling.clear()
+        assert self.table.cache.cached == 0
 
     @rule(really=st.sampled_from([True, *[False] * 9]))
     def lease_ends(self, really: bool) -> None:
@@ -142,6 +149,49 @@ class Slots(RuleBasedStateMachine):
     def close(self, data: st.DataObject) -> None:
         reader = self.readers.pop(data.draw(st.integers(0, len(self.readers) - 1)))
         self.table.unpin(reader.block)
+
+    # --- the prefix cache ------------------------------------------------------------------------
+
+    @rule(most=st.integers(1, 4))
+    def fill(self, most: int) -> None:
+        room, there = self.table.room, len(self.filling) + self.table.free
+        self.filling = self.table.cache.fill(most)
+        assert len(self.filling) == min(most, there) and self.table.room == room
+        for slot in self.filling:
+            assert slot not in self.reserved
+            self.host[slot] = -next(self.values)
+
+    @precondition(lambda self: self.filling)
+    @rule(keys=st.permutations(KEYS), useless=st.integers(0, 4), count=st.integers(1, 4))
+    def keep(self, keys: list[bytes], useless: int, count: int) -> None:
+        """The worker has written some of them; in the first ones is nothing of use."""
+        slots, self.filling = self.filling[:count], self.filling[count:]
+        named = [b"" if n < useless else key for n, key in enumerate(keys[: len(slots)])]
+        values = [next(self.values) for _ in slots]
+        free = self.table.free
+        for slot, value in zip(slots, values, strict=True):
+            self.host[slot] = value
+        self.table.cache.keep(slots, named, values)
+        self.offered.update((k, v) for k, v in zip(named, values, strict=True) if k)
+        assert self.table.free >= free + len(slots), "cached slots are room"
+        with pytest.raises(SlotError):
+            self.table.cache.keep(slots, named, values)
+
+    @rule(keys=st.permutations(KEYS))
+    def read_cached(self, keys: list[bytes]) -> None:
+        blocks = self.table.cache.pin(keys)
+        assert [block.key for block in blocks] == keys[: len(blocks)]
+        if blocks:
+            self.cache_readers.append(blocks)
+
+    @precondition(lambda self: self.cache_readers)
+    @rule(data=st.data(), damaged=st.booleans())
+    def close_cached(self, data: st.DataObject, damaged: bool) -> None:
+        which = data.draw(st.integers(0, len(self.cache_readers) - 1))
+        blocks = self.cache_readers.pop(which)
+        if damaged:
+            self.table.cache.forget(blocks)
+        self.table.cache.unpin(blocks)
 
     # --- moving ----------------------------------------------------------------------------------
 
@@ -196,6 +246,12 @@ class Slots(RuleBasedStateMachine):
                 reader.slot = block.slot
             if reader.slot is not None:  # for good, even if the job was released meanwhile
                 assert block.slot == reader.slot and self.host[reader.slot] == reader.value
+
+        for key, cached in self.table.cache._blocks.items():
+            assert self.host[cached.slot] == cached.checksum == self.offered[key]
+        for blocks in self.cache_readers:  # for good, even if taken or replaced meanwhile
+            for cached in blocks:
+                assert self.host[cached.slot] == cached.checksum
 
     def value(self, block: Block) -> int:
         assert block.slot is not None

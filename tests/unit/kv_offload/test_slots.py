@@ -178,3 +178,76 @@ def test_a_worker_neither_commits_nor_frees_what_a_peer_writes() -> None:
     assert len(table.lookup("a")) == 1
     table.cancel("a", [slot])  # too late: nothing happens
     assert len(table.lookup("a")) == 1
+
+
+def cache(table: SlotTable, *keys: bytes) -> None:
+    slots = table.cache.fill(len(keys))
+    table.cache.keep(slots, keys[: len(slots)], [int.from_bytes(key) for key in keys[: len(slots)]])
+
+
+def cached(table: SlotTable, *keys: bytes) -> int:
+    """How many of the keys can be read, from the first on."""
+    blocks = table.cache.pin(keys)
+    table.cache.unpin(blocks)
+    return len(blocks)
+
+
+def test_cached_blocks_are_room_and_the_least_recently_used_goes_first() -> None:
+    table = SlotTable(6, 4, disk_slots=8)
+    stored(table, "live", 2)
+    room = table.room
+    cache(table, b"a", b"b")
+    cache(table, b"c", b"d")
+    assert (table.free, table.room, table.cache.cached) == (4, room, 4)
+    assert cached(table, b"a", b"b") == 2
+    table.reserve("new", [0])
+    assert cached(table, b"d") == 0  # the end goes before the beginning
+    assert cached(table, b"c") == 1
+    table.reserve("new", [1, 2, 3])
+    assert (table.free, table.cache.cached) == (0, 0)
+    assert [block.slot is not None for _, block in table.lookup("live")] == [True, True]
+    cache(table, b"e")  # finds no room, and takes none
+    assert table.cache.cached == 0
+    table.check_integrity()
+
+
+def test_what_is_read_stays_and_what_nobody_kept_is_free() -> None:
+    table = SlotTable(4, 4)
+    cache(table, b"a", b"b")
+    reading = table.cache.pin([b"a", b"b", b"c"])
+    assert [block.key for block in reading] == [b"a", b"b"]
+    assert len(table.cache.fill(9)) == 2
+    with pytest.raises(NoFreeSlot):
+        table.reserve("j", [0])
+    assert len(table.cache.fill(1)) == 1  # the two before it were given up
+    table.reserve("j", [0])
+    cache(table, b"a")  # replaced: the readers keep the old one
+    table.cache.unpin(reading)
+    assert (table.free, table.cache.cached) == (3, 2)
+    table.cache.forget(reading)  # already replaced, or damaged
+    assert (table.free, table.cache.cached, cached(table, b"b")) == (3, 1, 0)
+    table.check_integrity()
+
+
+def test_the_cache_ends_with_the_life_of_the_worker() -> None:
+    table = SlotTable(4, 4)
+    cache(table, b"a")
+    reading = table.cache.pin([b"a"])
+    table.cache.fill(2)
+    table.drop_reservations()
+    assert (table.cache.cached, table.free) == (0, 3)
+    table.cache.unpin(reading)
+    assert table.free == 4
+    table.check_integrity()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_only_slots_that_are_filled_can_be_kept(twice: bool) -> None:
+    table = SlotTable(4, 4)
+    (slot,) = table.cache.fill(1)
+    slots = [slot, slot] if twice else [slot, slot + 1]
+    with pytest.raises(SlotError):
+        table.cache.keep(slots, [b"a", b"b"], [1, 2])
+    assert table.cache.cached == 0
+    table.cache.keep([slot], [b""], [1])
+    assert (table.cache.cached, table.free) == (0, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -126,18 +126,23 @@ class Copy:
 
 class FakeMover:
     """Host memory of `capacity` blocks. Bytes move when a copy ends, not when it starts, so that a
-    block that is used too early spoils what is copied or is spoilt itself."""
+    block that is used too early spoils what is copied or is spoilt itself.
 
-    def __init__(self, capacity: int = 1000) -> None:
+    caches: room that jobs leave is for the prefix cache.
+    """
+
+    def __init__(self, capacity: int = 1000, *, caches: bool = False) -> None:
         self.generation = 1
-        self.capacity = capacity
+        self.capacity, self.caches = capacity, caches
+        self.cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self.cached_blocks = 0
         self.kv: KvCache | None = None
         self.host: dict[str, dict[int, tuple[torch.Tensor, int]]] = {}
         self.under_way: list[Copy] = []
 
     @property
     def busy(self) -> set[int]:
-        return {block for copy in self.under_way for block in copy.blocks}
+        return {block for copy in self.under_way if copy.kind != "save" for block in copy.blocks}
 
     @property
     def loading(self) -> set[int]:
@@ -159,6 +164,7 @@ class FakeMover:
         """The sidecar starts anew with nothing in it."""
         self.generation += 1
         self.host.clear()
+        self.cache.clear()
 
     def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None:
         life = self.generation
@@ -174,6 +180,7 @@ class FakeMover:
             for ref in blocks:
                 content = self._kv.data[ref.block].clone()
                 self.host.setdefault(job_id, {})[ref.index] = (content, ref.valid_tokens)
+            self._make_room()
             assert sorted(self.host[job_id]) == list(range(len(self.host[job_id]))), "a gap"
             done(OpStatus.OK, self._copied([ref.valid_tokens for ref in blocks]))
 
@@ -192,6 +199,48 @@ class FakeMover:
             done(OpStatus.OK, self._copied([held[index][1] for index in range(len(blocks))]))
 
         self.under_way.append(Copy("load", job_id, list(blocks), end))
+
+    def save(
+        self, blocks: Sequence[int], intact: Callable[[], Sequence[bytes]], done: CopyDone
+    ) -> None:
+        life = self.generation
+        assert blocks and self.caches and not self.loading & set(blocks)
+
+        def end() -> None:
+            content = [self._kv.data[block].clone() for block in blocks]
+            if life != self.generation:
+                done(OpStatus.NO_HOST_SPACE, Copied(0, 0, 0.0))
+                return
+            for key, data in zip(intact(), content, strict=True):
+                if key:
+                    self.cache[key] = data
+                    self.cache.move_to_end(key)
+            self._make_room()
+            self.cached_blocks = len(self.cache)
+            done(OpStatus.OK, self._copied([BLOCK] * len(blocks)))
+
+        self.under_way.append(Copy("save", "", list(blocks), end))
+
+    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyDone) -> None:
+        assert len(keys) == len(blocks) > 0 and not self.busy & set(blocks)
+        life = self.generation
+
+        def end() -> None:
+            if life != self.generation:
+                done(OpStatus.LOST, Copied(0, 0, 0.0))
+                return
+            run = list(itertools.takewhile(self.cache.__contains__, keys))
+            for key, block in zip(run, blocks, strict=False):
+                self._kv.data[block] = self.cache[key]
+                self.cache.move_to_end(key)
+            done(OpStatus.OK, self._copied([BLOCK] * len(run)))
+
+        self.under_way.append(Copy("load", "", list(blocks), end))
+
+    def _make_room(self) -> None:
+        used = sum(len(blocks) for blocks in self.host.values())
+        while self.cache and used + len(self.cache) > self.capacity:
+            self.cache.popitem(last=False)
 
     def release(self, job_id: str, done: CopyDone) -> None:
         def end() -> None:
@@ -215,6 +264,7 @@ class Rig:
 
     blocks: int = 100
     capacity: int = 1000
+    caches: bool = False
     max_model_len: int = 1000
     eos: frozenset[int] = frozenset()
     jobs: dict[int, NewJob] = field(default_factory=dict)
@@ -224,7 +274,7 @@ class Rig:
     ended: dict[int, OpResult] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.mover = FakeMover(self.capacity)
+        self.mover = FakeMover(self.capacity, caches=self.caches)
         self.kv = KvCache(CONFIG, self.blocks, BLOCK, torch.float32, torch.device("cpu"))
         self.mover.kv = self.kv
         self.model = FakeModel(self.mover)
@@ -358,4 +408,6 @@ class Rig:
         for job in held.values():
             assert job.computed <= len(job.blocks) * BLOCK
         for copy in self.mover.under_way:
-            assert set(copy.blocks) <= set(held[copy.job_id].blocks)
+            if copy.kind != "save":
+                holders = [held[copy.job_id]] if copy.job_id else list(held.values())
+                assert any(set(copy.blocks) <= set(job.blocks) for job in holders)

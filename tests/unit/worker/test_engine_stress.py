@@ -23,13 +23,13 @@ class Disturber:
     """Does what a scheduler may do; rows only for jobs whose operations have ended, but for copies
     of full blocks, beside which a job may run.
 
-    sharing: many jobs begin alike and have the same salt.
+    sharing: many jobs begin alike and have the same salt. caches: the host keeps what they share.
     """
 
-    def __init__(self, seed: int, *, sharing: bool) -> None:
+    def __init__(self, seed: int, *, sharing: bool, caches: bool = False) -> None:
         self.random = random.Random(seed)
         self.sharing = sharing
-        self.rig = Rig(blocks=BLOCKS, capacity=HOST_BLOCKS)
+        self.rig = Rig(blocks=BLOCKS, capacity=HOST_BLOCKS, caches=caches)
         self.moving: dict[int, tuple[OpKind, int]] = {}  # by op id: what, and the handle
         self.live: list[int] = []
         self.happened: Counter[str] = Counter()
@@ -94,7 +94,8 @@ class Disturber:
         if self.rig.engine.runnable:
             done = self.rig.step()
             self.happened["stalled"] += len(done.stalled)
-            self.happened["cached"] += sum(cached > 0 for _, _, cached in done.lookups)
+            self.happened["cached"] += sum(device > 0 for _, _, device, _ in done.lookups)
+            self.happened["from host"] += sum(host > 0 for _, _, _, host in done.lookups)
 
     def move(self) -> None:
         count = self.random.choice([1, 1, 2, 3])
@@ -144,6 +145,9 @@ class Disturber:
             for other in self.live:
                 assert rig.do(OpKind.DROP_DEVICE, other).status is OpStatus.OK
             rig.do(OpKind.UPLOAD, handle)
+            rig.plan([handle])  # its beginning may come from the host
+            rig.mover.end_all()
+            rig.step()
             rig.run([handle], 60)
             assert rig.finished[handle] == "length"
             assert len(rig.output[handle]) == rig.jobs[handle].params.max_tokens
@@ -161,13 +165,18 @@ def test_disturbed_jobs_give_the_undisturbed_tokens(seed: int, sharing: bool) ->
     Disturber(seed, sharing=sharing).run()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_jobs_that_share_through_the_host_give_the_undisturbed_tokens(seed: int) -> None:
+    Disturber(seed, sharing=True, caches=True).run()
+
+
 def test_the_disturbances_do_happen() -> None:
     """A test of the test: everything that is to be survived occurs."""
     happened: Counter[str] = Counter()
     for seed in range(10):
-        disturber = Disturber(seed, sharing=True)
+        disturber = Disturber(seed, sharing=True, caches=True)
         disturber.run()
         happened += disturber.happened
     expected = {"OK", "LOST", "NO_HOST_SPACE", "NO_DEVICE_SPACE", "stalled", "COPY_OUT", "beside"}
-    expected |= {"cached", "kept"}
+    expected |= {"cached", "kept", "from host"}
     assert expected <= set(+happened)

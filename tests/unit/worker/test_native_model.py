@@ -42,7 +42,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Heads as wide as a tile of AMX, whose attention is another.
     "wide heads, three to one": (
         "Llama",
-        {"head_dim": 64, "num_attention_heads": 9, "num_key_value_heads": 3},
+        {
+            "hidden_size": 144,
+            "head_dim": 64,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        },
     ),
     "wide heads, window": ("Mistral", {"head_dim": 32, "sliding_window": 20}),
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -228,6 +233,18 @@ def test_logits_do_not_depend_on_company_or_chunks(
             jobs.step({**mates, last: part})
         for position, logits in jobs.logits[last].items():
             assert torch.equal(logits, expected[position]), (count, position)
+
+
+@pytest.mark.parametrize(("dtype", "int8"), WAYS)
+@pytest.mark.parametrize("length", [193, 199, 200])  # 192 rows at a time; then 1, 7, 8 are left
+def test_rows_that_are_left_over_get_the_same_bits(
+    length: int, dtype: torch.dtype, int8: bool, folders: dict[str, Path]
+) -> None:
+    model = native(folder_of(folders, "odd sizes"), dtype, int8=int8)
+    tokens = prompt(length)
+    whole = alone(model, tokens, (length,))
+    parts = alone(model, tokens, (7, 15, 32, 49, length))
+    assert torch.equal(whole[length - 1], parts[length - 1])
 
 
 @pytest.mark.parametrize(("dtype", "int8"), WAYS)

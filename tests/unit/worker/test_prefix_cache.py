@@ -17,7 +17,7 @@ SHARED: dict[str, Any] = {"salt": b"tenant:a", "temperature": 0.0}
 def found(rig: Rig, handle: int) -> int:
     """Runs the first iteration of a job: how many of its tokens were in the cache."""
     (iteration,) = rig.run({handle: 100}, 1)
-    ((begun, known, cached),) = iteration.lookups
+    ((begun, known, cached, _),) = iteration.lookups
     ((row, new, computed),) = iteration.rows
     assert (begun, row) == (handle, handle)
     assert (known, new, computed) == (len(rig.jobs[handle].token_ids), known - cached, known)
@@ -70,7 +70,7 @@ def test_what_is_not_shared(prompt: list[int], salt: bytes) -> None:
     found(rig, rig.job(PROMPT, **SHARED))
     other = rig.job(prompt, **{**SHARED, "salt": salt})
     (iteration,) = rig.run({other: 100}, 1)
-    assert [cached for _, _, cached in iteration.lookups] == ([0] if salt else [])
+    assert [cached for _, _, cached, _ in iteration.lookups] == ([0] if salt else [])
     assert iteration.rows == [(other, len(prompt), len(prompt))]
     rig.check_output()
 
@@ -144,7 +144,7 @@ def test_recomputing_takes_from_the_cache_too() -> None:
     rig.do(OpKind.DROP_DEVICE, job)
     (iteration,) = rig.run({job: 100}, 1)
     full = (len(PROMPT) + 3) // BLOCK * BLOCK
-    assert iteration.lookups == [(job, len(PROMPT) + 4, full)]
+    assert iteration.lookups == [(job, len(PROMPT) + 4, full, 0)]
     rig.run([job], 5)
     rig.check_output()
 

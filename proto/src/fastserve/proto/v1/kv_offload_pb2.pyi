@@ -73,18 +73,20 @@ class DetachResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_id", "block_indexes")
+    __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_id", "block_indexes", "cache_blocks")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SIDECAR_EPOCH_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_INDEXES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     worker_epoch: int
     sidecar_epoch: int
     job_id: str
     block_indexes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., sidecar_epoch: _Optional[int] = ..., job_id: _Optional[str] = ..., block_indexes: _Optional[_Iterable[int]] = ...) -> None: ...
+    cache_blocks: int
+    def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., sidecar_epoch: _Optional[int] = ..., job_id: _Optional[str] = ..., block_indexes: _Optional[_Iterable[int]] = ..., cache_blocks: _Optional[int] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
     __slots__ = ("slots", "free_slots")
@@ -95,7 +97,7 @@ class ReserveResponse(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[int]] = ..., free_slots: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_id", "slots", "valid_tokens", "checksums")
+    __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_id", "slots", "valid_tokens", "checksums", "keys")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SIDECAR_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +105,7 @@ class CommitRequest(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     VALID_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     worker_epoch: int
     sidecar_epoch: int
@@ -110,13 +113,16 @@ class CommitRequest(_message.Message):
     slots: _containers.RepeatedScalarFieldContainer[int]
     valid_tokens: _containers.RepeatedScalarFieldContainer[int]
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., sidecar_epoch: _Optional[int] = ..., job_id: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., valid_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., sidecar_epoch: _Optional[int] = ..., job_id: _Optional[str] = ..., slots: _Optional[_Iterable[int]] = ..., valid_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
-    __slots__ = ("free_slots",)
+    __slots__ = ("free_slots", "cached_blocks")
     FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     free_slots: int
-    def __init__(self, free_slots: _Optional[int] = ...) -> None: ...
+    cached_blocks: int
+    def __init__(self, free_slots: _Optional[int] = ..., cached_blocks: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_ids")
@@ -149,20 +155,22 @@ class LookupResponse(_message.Message):
     def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., block_counts: _Optional[_Iterable[int]] = ..., block_indexes: _Optional[_Iterable[int]] = ..., slots: _Optional[_Iterable[int]] = ..., valid_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., on_disk: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReadRequest(_message.Message):
-    __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_id", "block_indexes", "damaged")
+    __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch", "job_id", "block_indexes", "damaged", "keys")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SIDECAR_EPOCH_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_INDEXES_FIELD_NUMBER: _ClassVar[int]
     DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     worker_epoch: int
     sidecar_epoch: int
     job_id: str
     block_indexes: _containers.RepeatedScalarFieldContainer[int]
     damaged: bool
-    def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., sidecar_epoch: _Optional[int] = ..., job_id: _Optional[str] = ..., block_indexes: _Optional[_Iterable[int]] = ..., damaged: _Optional[bool] = ...) -> None: ...
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., sidecar_epoch: _Optional[int] = ..., job_id: _Optional[str] = ..., block_indexes: _Optional[_Iterable[int]] = ..., damaged: _Optional[bool] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReadResponse(_message.Message):
     __slots__ = ("block_indexes", "slots", "valid_tokens", "checksums")
@@ -269,7 +277,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("sidecar_epoch", "slots", "free_slots", "reserved_slots", "committed_slots", "jobs", "committed_bytes_total", "looked_up_bytes_total", "released_slots_total", "rejected_reservations_total", "disk_slots", "free_disk_slots", "disk_blocks", "owners", "spilled_blocks_total", "fetched_blocks_total")
+    __slots__ = ("sidecar_epoch", "slots", "free_slots", "reserved_slots", "committed_slots", "jobs", "committed_bytes_total", "looked_up_bytes_total", "released_slots_total", "rejected_reservations_total", "disk_slots", "free_disk_slots", "disk_blocks", "owners", "spilled_blocks_total", "fetched_blocks_total", "cached_blocks")
     SIDECAR_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +294,7 @@ class StatsResponse(_message.Message):
     OWNERS_FIELD_NUMBER: _ClassVar[int]
     SPILLED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     FETCHED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     sidecar_epoch: int
     slots: int
     free_slots: int
@@ -302,4 +311,5 @@ class StatsResponse(_message.Message):
     owners: int
     spilled_blocks_total: int
     fetched_blocks_total: int
-    def __init__(self, sidecar_epoch: _Optional[int] = ..., slots: _Optional[int] = ..., free_slots: _Optional[int] = ..., reserved_slots: _Optional[int] = ..., committed_slots: _Optional[int] = ..., jobs: _Optional[int] = ..., committed_bytes_total: _Optional[int] = ..., looked_up_bytes_total: _Optional[int] = ..., released_slots_total: _Optional[int] = ..., rejected_reservations_total: _Optional[int] = ..., disk_slots: _Optional[int] = ..., free_disk_slots: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., owners: _Optional[int] = ..., spilled_blocks_total: _Optional[int] = ..., fetched_blocks_total: _Optional[int] = ...) -> None: ...
+    cached_blocks: int
+    def __init__(self, sidecar_epoch: _Optional[int] = ..., slots: _Optional[int] = ..., free_slots: _Optional[int] = ..., reserved_slots: _Optional[int] = ..., committed_slots: _Optional[int] = ..., jobs: _Optional[int] = ..., committed_bytes_total: _Optional[int] = ..., looked_up_bytes_total: _Optional[int] = ..., released_slots_total: _Optional[int] = ..., rejected_reservations_total: _Optional[int] = ..., disk_slots: _Optional[int] = ..., free_disk_slots: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., owners: _Optional[int] = ..., spilled_blocks_total: _Optional[int] = ..., fetched_blocks_total: _Optional[int] = ..., cached_blocks: _Optional[int] = ...) -> None: ...

@@ -127,6 +127,8 @@ class KvOffloadServiceServicer:
     def Reserve(self, request, context):
         """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
         this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
+        With `cache_blocks`: slots for blocks of the prefix cache, at once, as many as are free, none if
+        need be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,6 +136,8 @@ class KvOffloadServiceServicer:
 
     def Commit(self, request, context):
         """Make written slots readable. A block committed before under another slot is replaced.
+        With `keys`: blocks of the prefix cache. Their slots are free again for whoever reserves, the one
+        used longest ago first; until then they can be read. They are lost with this life of the worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,6 +157,8 @@ class KvOffloadServiceServicer:
         until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
         there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
         forgotten.
+        With `keys`: the longest run of blocks of the prefix cache from the first key on, in one piece;
+        none if the first is not there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,9 +53,14 @@ class KvOffloadServiceStub:
     Reserve: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.ReserveRequest, _kv_offload_pb2.ReserveResponse]
     """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
     this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
+    With `cache_blocks`: slots for blocks of the prefix cache, at once, as many as are free, none if
+    need be.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.CommitRequest, _kv_offload_pb2.CommitResponse]
-    """Make written slots readable. A block committed before under another slot is replaced."""
+    """Make written slots readable. A block committed before under another slot is replaced.
+    With `keys`: blocks of the prefix cache. Their slots are free again for whoever reserves, the one
+    used longest ago first; until then they can be read. They are lost with this life of the worker.
+    """
     Lookup: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.LookupRequest, _kv_offload_pb2.LookupResponse]
     """What is committed, of the named jobs or of all jobs of the worker, on the host or on the disk.
     For taking stock: slots may move to the disk at any time. To read blocks, use Read.
@@ -66,6 +71,8 @@ class KvOffloadServiceStub:
     until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
     there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
     forgotten.
+    With `keys`: the longest run of blocks of the prefix cache from the first key on, in one piece;
+    none if the first is not there.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_kv_offload_pb2.ReleaseRequest, _kv_offload_pb2.ReleaseResponse]
     """Forget jobs: reserved and committed slots become free."""
@@ -100,9 +107,14 @@ class KvOffloadServiceAsyncStub(KvOffloadServiceStub):
     Reserve: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.ReserveRequest, _kv_offload_pb2.ReserveResponse]  # type: ignore[assignment]
     """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
     this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
+    With `cache_blocks`: slots for blocks of the prefix cache, at once, as many as are free, none if
+    need be.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.CommitRequest, _kv_offload_pb2.CommitResponse]  # type: ignore[assignment]
-    """Make written slots readable. A block committed before under another slot is replaced."""
+    """Make written slots readable. A block committed before under another slot is replaced.
+    With `keys`: blocks of the prefix cache. Their slots are free again for whoever reserves, the one
+    used longest ago first; until then they can be read. They are lost with this life of the worker.
+    """
     Lookup: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.LookupRequest, _kv_offload_pb2.LookupResponse]  # type: ignore[assignment]
     """What is committed, of the named jobs or of all jobs of the worker, on the host or on the disk.
     For taking stock: slots may move to the disk at any time. To read blocks, use Read.
@@ -113,6 +125,8 @@ class KvOffloadServiceAsyncStub(KvOffloadServiceStub):
     until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
     there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
     forgotten.
+    With `keys`: the longest run of blocks of the prefix cache from the first key on, in one piece;
+    none if the first is not there.
     """
     Release: _aio.UnaryUnaryMultiCallable[_kv_offload_pb2.ReleaseRequest, _kv_offload_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Forget jobs: reserved and committed slots become free."""
@@ -168,6 +182,8 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kv_offload_pb2.ReserveResponse, _abc.Awaitable[_kv_offload_pb2.ReserveResponse]]:
         """Slots for blocks of one job. All or nothing. Other blocks may have to go to the disk first, so
         this may take some seconds. RESOURCE_EXHAUSTED when there is no room, or none in time.
+        With `cache_blocks`: slots for blocks of the prefix cache, at once, as many as are free, none if
+        need be.
         """
 
     @_abc_1.abstractmethod
@@ -176,7 +192,10 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_offload_pb2.CommitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_offload_pb2.CommitResponse, _abc.Awaitable[_kv_offload_pb2.CommitResponse]]:
-        """Make written slots readable. A block committed before under another slot is replaced."""
+        """Make written slots readable. A block committed before under another slot is replaced.
+        With `keys`: blocks of the prefix cache. Their slots are free again for whoever reserves, the one
+        used longest ago first; until then they can be read. They are lost with this life of the worker.
+        """
 
     @_abc_1.abstractmethod
     def Lookup(
@@ -199,6 +218,8 @@ class KvOffloadServiceServicer(metaclass=_abc_1.ABCMeta):
         until the worker acknowledges it, or the stream ends in whatever way. NOT_FOUND: a block is not
         there. DATA_LOSS: the copy was damaged or could not be brought back, and the whole job has been
         forgotten.
+        With `keys`: the longest run of blocks of the prefix cache from the first key on, in one piece;
+        none if the first is not there.
         """
 
     @_abc_1.abstractmethod

@@ -69,15 +69,17 @@ class Metrics:
         by_state = {
             tier: Gauge(
                 f"fastserve_{tier}_kv_slots",
-                f"Slots on the {tier} by state; committed ones may be on their way to another tier",
+                f"Slots on the {tier} by state; committed ones may be on their way to another "
+                "tier, cached ones are room for others",
                 ["state"],
                 registry=self.registry,
             )
             for tier in ("host", "disk")
         }
-        slots("host", "free", lambda table: table.free)
+        slots("host", "free", lambda table: table.free + table.cache.busy - table.cache.cached)
+        slots("host", "cached", lambda table: table.cache.cached)
         slots("host", "reserved", lambda table: table.reserved)
-        slots("host", "committed", lambda table: table.slots - table.free - table.reserved)
+        slots("host", "committed", lambda table: table.in_use - table.reserved)
         slots("disk", "free", lambda table: table.free_disk)
         slots("disk", "committed", lambda table: table.disk_slots - table.free_disk)
         gauge(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 from fastserve.kv_offload.errors import PoolFull, SlotError
@@ -72,6 +73,9 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
     @refusing
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
         owner = self._owner(request)
+        if request.cache_blocks:
+            slots = owner.tiers.fill_cache(request.cache_blocks)
+            return pb.ReserveResponse(slots=slots, free_slots=owner.tiers.table.room)
         if not request.job_id or not request.block_indexes:
             raise SlotError("job_id and block_indexes must be set")
         try:
@@ -85,9 +89,15 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
     @refusing
     async def Commit(self, request: pb.CommitRequest, context: Context) -> pb.CommitResponse:
         owner = self._owner(request)
-        owner.tiers.commit(request.job_id, request.slots, request.valid_tokens, request.checksums)
-        self._committed_bytes += len(request.slots) * owner.layout.block_bytes
-        return pb.CommitResponse(free_slots=owner.tiers.table.room)
+        tiers, slots, checksums = owner.tiers, request.slots, request.checksums
+        if request.keys:
+            tiers.keep_cached(slots, request.keys, checksums)
+        else:
+            tiers.commit(request.job_id, slots, request.valid_tokens, checksums)
+        self._committed_bytes += len(slots) * owner.layout.block_bytes
+        return pb.CommitResponse(
+            free_slots=tiers.table.room, cached_blocks=tiers.table.cache.cached
+        )
 
     @refusing
     async def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
@@ -115,6 +125,11 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
         if first is None:
             return
         owner = self._owner(first)
+        if first.keys:
+            async with aclosing(self._read_cached(owner, first.keys, requests)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
         tiers, job_id, indexes = owner.tiers, first.job_id, first.block_indexes
         outstanding: deque[tuple[list[Block], float]] = deque()
 
@@ -130,9 +145,7 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
                 self._metrics.verify_failed("host")
                 tiers.forget(job_id)
                 return False
-            moved = len(blocks) * owner.layout.block_bytes
-            self._read_bytes += moved
-            self._metrics.moved("host", "in", moved, time.perf_counter() - since)
+            self._copied_in(owner, len(blocks), since)
             return True
 
         try:
@@ -149,6 +162,37 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
         finally:
             for blocks, _ in outstanding:
                 tiers.close_blocks(blocks)
+
+    async def _read_cached(
+        self, owner: Owner, keys: Sequence[bytes], requests: AsyncIterator[pb.ReadRequest]
+    ) -> AsyncGenerator[pb.ReadResponse]:
+        """The one piece, if the first key is there; over once it is acknowledged."""
+        since, damaged = time.perf_counter(), False
+        blocks = owner.tiers.open_cached(keys)
+        try:
+            if not blocks:
+                return
+            yield pb.ReadResponse(
+                block_indexes=range(len(blocks)),
+                slots=[block.slot for block in blocks],
+                valid_tokens=[owner.layout.block_size] * len(blocks),
+                checksums=[block.checksum for block in blocks],
+            )
+            message = await anext(requests, None)
+            if message is None:
+                return
+            damaged = message.damaged
+            if damaged:
+                self._metrics.verify_failed("host")
+            else:
+                self._copied_in(owner, len(blocks), since)
+        finally:
+            owner.tiers.close_cached(blocks, damaged=damaged)
+
+    def _copied_in(self, owner: Owner, blocks: int, since: float) -> None:
+        moved = blocks * owner.layout.block_bytes
+        self._read_bytes += moved
+        self._metrics.moved("host", "in", moved, time.perf_counter() - since)
 
     @refusing
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
@@ -176,6 +220,7 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
             free_slots=sum(table.free for table in tables),
             reserved_slots=sum(table.reserved for table in tables),
             committed_slots=sum(table.committed - table.on_disk for table in tables),
+            cached_blocks=sum(table.cache.cached for table in tables),
             jobs=sum(len(table.jobs) for table in tables),
             committed_bytes_total=self._committed_bytes,
             looked_up_bytes_total=self._read_bytes,

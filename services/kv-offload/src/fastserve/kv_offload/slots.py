@@ -12,8 +12,8 @@ A pinned block is being read: it stays on the host, and if it is forgotten meanw
 free only after the last reader. So no slot is ever handed out while bytes of an earlier block may
 still be read from it or written to it.
 
-Blocks are named by (job id, block index); everything else works on `Block` objects and would do for
-blocks named by content as well.
+Blocks are named by (job id, block index). Free host slots may hold blocks of the prefix cache,
+named by content: `CachedSlots`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from fastserve.kv_offload.cached_slots import CachedSlots
 from fastserve.kv_offload.errors import BlockMissing, NoFreeSlot, PoolFull, SlotError
 from fastserve.kv_offload.free_slots import FreeSlots
 
@@ -82,7 +83,7 @@ class SlotTable:
         # disk could not come back otherwise. Spilling begins when fewer are free.
         self.headroom = -(-slots // _HEADROOM) if disk_slots else 0
         self.disk_open = True  # closed for a while when writing to it failed
-        self._free, self._free_disk = FreeSlots(slots), FreeSlots(disk_slots)
+        self.cache, self._free_disk = CachedSlots(slots), FreeSlots(disk_slots)
         self._jobs: dict[str, JobSlots] = {}
         self._idle: OrderedDict[Block, None] = OrderedDict()  # may be spilled; oldest use first
         self._lingering: set[Block] = set()  # forgotten, but read or moving
@@ -92,8 +93,13 @@ class SlotTable:
 
     @property
     def free(self) -> int:
-        """Free host slots."""
-        return len(self._free)
+        """Free host slots, those with cached blocks included."""
+        return len(self.cache)
+
+    @property
+    def in_use(self) -> int:
+        """Host slots that jobs have."""
+        return self.slots - self.free - self.cache.busy
 
     @property
     def free_disk(self) -> int:
@@ -131,7 +137,7 @@ class SlotTable:
         if count > self.free:
             raise NoFreeSlot(f"{count} slots wanted, {self.free} free")
         job = self._jobs.setdefault(job_id, JobSlots())
-        taken = self._free.take(count)
+        taken = self.cache.take(count)
         for slot, index in zip(taken, block_indexes, strict=True):
             job.reserved[slot] = (index, holder)
         self.reserved += count
@@ -185,7 +191,9 @@ class SlotTable:
             self._idle[block] = None
 
     def drop_reservations(self) -> int:
-        """Free what a past life of the worker reserved and never committed; how many slots."""
+        """Free what a past life of the worker reserved and never committed; how many slots. The
+        keys of its cache died with it."""
+        self.cache.clear()
         freed = 0
         for job_id, job in list(self._jobs.items()):
             slots = [slot for slot, (_, who) in job.reserved.items() if who is Holder.WORKER]
@@ -259,7 +267,7 @@ class SlotTable:
         """Give a block on the disk a host slot. Raises `NoFreeSlot`."""
         if not self.free:
             raise NoFreeSlot("no host slot is free")
-        (block.slot,) = self._free.take(1)
+        (block.slot,) = self.cache.take(1)
         block.move = Move.FETCH
         if not block.forgotten:
             self.on_disk -= 1
@@ -281,7 +289,7 @@ class SlotTable:
         job = self._jobs[job_id]
         for slot in slots:
             del job.reserved[slot]
-        self._free.give_back(slots)
+        self.cache.give_back(slots)
         self.reserved -= len(slots)
         if not job.reserved and not job.committed:
             del self._jobs[job_id]
@@ -310,7 +318,7 @@ class SlotTable:
 
     def _free_host_slot(self, block: Block) -> None:
         if block.slot is not None:
-            self._free.give_back([block.slot])
+            self.cache.give_back([block.slot])
             block.slot = None
 
     def _free_disk_slot(self, block: Block) -> None:
@@ -323,7 +331,7 @@ class SlotTable:
         live = [block for job in self._jobs.values() for block in job.committed.values()]
         blocks = [*live, *self._lingering]
         reserved = [slot for job in self._jobs.values() for slot in job.reserved]
-        host = [*self._free, *reserved, *(b.slot for b in blocks if b.slot is not None)]
+        host = [*self.cache.all_slots(), *reserved, *(b.slot for b in blocks if b.slot is not None)]
         disk = [*self._free_disk, *(b.disk_slot for b in blocks if b.disk_slot is not None)]
         if sorted(host) != list(range(self.slots)):
             raise AssertionError("a host slot is lost or in two places")

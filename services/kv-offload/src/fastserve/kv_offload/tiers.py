@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import structlog
 
+from fastserve.kv_offload.cached_slots import CachedBlock
 from fastserve.kv_offload.disk import THREADS, Corrupt, DiskRegion
 from fastserve.kv_offload.errors import BlockLost, BlockMissing, PoolFull, StaleCall
 from fastserve.kv_offload.metrics import Metrics
@@ -93,6 +94,23 @@ class Tiers:
     ) -> None:
         """`SlotTable.commit` of what the worker has copied."""
         self.table.commit(job_id, slots, valid_tokens, checksums)
+        self._copied_out(slots)
+
+    def fill_cache(self, most: int) -> list[int]:
+        """`CachedSlots.fill`, but nothing while others wait for slots."""
+        slots = self.table.cache.fill(0 if self._line else most)
+        self._reserved_at.update(dict.fromkeys(slots, time.perf_counter()))
+        self.changed()
+        return slots
+
+    def keep_cached(
+        self, slots: Sequence[int], keys: Sequence[bytes], checksums: Sequence[int]
+    ) -> None:
+        """`CachedSlots.keep` of what the worker has copied."""
+        self.table.cache.keep(slots, keys, checksums)
+        self._copied_out(slots)
+
+    def _copied_out(self, slots: Sequence[int]) -> None:
         now = time.perf_counter()
         started = min((self._reserved_at[slot] for slot in slots), default=now)
         self._metrics.moved("host", "out", len(slots) * self.block_bytes, now - started)
@@ -142,6 +160,19 @@ class Tiers:
         """These have been read."""
         for block in blocks:
             self.table.unpin(block)
+        self.changed()
+
+    def open_cached(self, keys: Sequence[bytes]) -> list[CachedBlock]:
+        """`CachedSlots.pin`, counted; `close_cached` ends the reading."""
+        blocks = self.table.cache.pin(keys)
+        self._metrics.found(host=len(blocks), miss=len(keys) - len(blocks))
+        return blocks
+
+    def close_cached(self, blocks: Sequence[CachedBlock], *, damaged: bool = False) -> None:
+        """These have been read. damaged: one of them is not what it should be."""
+        if damaged:
+            self.table.cache.forget(blocks)
+        self.table.cache.unpin(blocks)
         self.changed()
 
     def forget(self, job_id: str) -> int:
@@ -204,7 +235,7 @@ class Tiers:
         wanted = max(self.table.headroom, self._line[0].count if self._line else 0)
         while (
             len(self._spills) < THREADS
-            and self.table.free + self.table.spilling < wanted
+            and self.table.free + self.table.cache.busy + self.table.spilling < wanted
             and (block := self.table.begin_spill()) is not None
         ):
             task = asyncio.create_task(self._write(block))

@@ -2,13 +2,14 @@
 
 A block with content that may be used again has a key. It is shared while jobs hold it; once nobody
 does it counts as free and keeps its content until it is the least recently used one and a block is
-needed. So the cache never takes anything from a job.
+needed. So the cache never takes anything from a job. Content that was not copied to the host yet is
+unsaved; while a copy is made its block may be taken nevertheless, and the copy is of no use then.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 
 class NoFreeBlock(Exception):
@@ -25,11 +26,18 @@ class BlockPool:
         self._holders = [0] * count
         self._keys: list[bytes | None] = [None] * count
         self._by_key: dict[bytes, int] = {}
+        self._unsaved: OrderedDict[int, None] = OrderedDict()  # that have a key; the oldest first
+        self._saving: dict[int, bytes] = {}  # their keys; other threads look things up in here
 
     @property
     def free(self) -> int:
         """Blocks that nobody holds."""
         return len(self._blank) + len(self._kept)
+
+    @property
+    def blank(self) -> int:
+        """Of them, those with nothing to be kept."""
+        return len(self._blank)
 
     @property
     def kept(self) -> int:
@@ -82,14 +90,25 @@ class BlockPool:
             shared.append(block)
         return shared
 
-    def register(self, block: int, key: bytes) -> None:
+    def known(self, keys: Iterable[bytes]) -> int:
+        """How many `share` would give."""
+        count = 0
+        for key in keys:
+            if key not in self._by_key:
+                break
+            count += 1
+        return count
+
+    def register(self, block: int, key: bytes, *, saved: bool = False) -> None:
         """A held block has its final content, which nobody may change from now on.
 
-        Nothing happens if there is a block with that content already.
+        Nothing happens if there is a block with that content already. saved: the host has it.
         """
         if self._keys[block] is None and key not in self._by_key:
             self._keys[block] = key
             self._by_key[key] = block
+            if not saved:
+                self._unsaved[block] = None
 
     def shared(self, block: int) -> bool:
         """Whether others than its holder read it, or may come to: it must not be changed."""
@@ -105,3 +124,34 @@ class BlockPool:
         if key is not None:
             self._keys[block] = None
             del self._by_key[key]
+            self._unsaved.pop(block, None)
+            self._saving.pop(block, None)
+
+    # --- copies to the host ------------------------------------------------------------------
+
+    def begin_save(self, most: int, saved: Container[bytes]) -> list[int]:
+        """At most so many unsaved blocks, the oldest first, of which a copy begins; without those
+        whose keys are among `saved`."""
+        blocks: list[int] = []
+        while self._unsaved and len(blocks) < most:
+            block, _ = self._unsaved.popitem(last=False)
+            key = self._keys[block]
+            assert key is not None
+            if key not in saved:
+                self._saving[block] = key
+                blocks.append(block)
+        return blocks
+
+    def still_saving(self, blocks: Sequence[int]) -> list[bytes]:
+        """The keys of these blocks, b"" for one whose content is there no more: what was copied
+        until now is to be trusted or not. May be called on any thread."""
+        return [self._saving.get(block, b"") for block in blocks]
+
+    def end_save(self, blocks: Iterable[int]) -> None:
+        """The copy of these blocks is over."""
+        for block in blocks:
+            self._saving.pop(block, None)
+
+    def unsave(self) -> None:
+        """The host has nothing any more."""
+        self._unsaved = OrderedDict.fromkeys(self._by_key.values())

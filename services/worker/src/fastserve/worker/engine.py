@@ -7,7 +7,7 @@ Everything here runs on the engine thread. Copies between device and host are st
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import structlog
 import torch
 
 from fastserve.worker.block_pool import BlockPool, NoFreeBlock
+from fastserve.worker.host_cache import CacheMover, HostCache
 from fastserve.worker.job import Job, Op, OpResult
 from fastserve.worker.kv_ops import KvMover, KvOps
 from fastserve.worker.model.batch import Batch
@@ -29,6 +30,10 @@ class ForwardModel(Protocol):
     """The part of the model that the engine needs."""
 
     def forward(self, batch: Batch, kv: KvCache) -> torch.Tensor: ...
+
+
+class Mover(KvMover, CacheMover, Protocol):
+    """All copies between device and host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,9 @@ class Iteration:
     rows: list[tuple[int, int, int]] = field(default_factory=list)  # handle, new, computed
     sampled: list[tuple[int, int, Sampled, str]] = field(default_factory=list)
     #   handle, output index, token, finish: "", "stop" or "length"
-    lookups: list[tuple[int, int, int]] = field(default_factory=list)
+    lookups: list[tuple[int, int, int, int]] = field(default_factory=list)
     #   jobs that began with nothing on the device: handle, known tokens, those found in the cache
+    #   on the device, and on the host
     stalled: list[int] = field(default_factory=list)
     failed: list[tuple[int, str]] = field(default_factory=list)
     ops: list[OpResult] = field(default_factory=list)
@@ -83,7 +89,7 @@ class Engine:
         self,
         model: ForwardModel,
         kv: KvCache,
-        mover: KvMover,
+        mover: Mover,
         *,
         eos_token_ids: frozenset[int],
         max_model_len: int,
@@ -96,6 +102,7 @@ class Engine:
         self.pool = BlockPool(kv.num_blocks)
         self._keys = BlockKeys(kv.block_size)
         self.kv_ops = KvOps(self.pool, kv.block_size, mover)
+        self._host = HostCache(self.pool, kv.block_size, self.kv_ops, mover)
         self._held: dict[str, Job] = {}
         self._by_handle: dict[int, Job] = {}
         self._rows: list[tuple[Job, int]] = []
@@ -144,7 +151,7 @@ class Engine:
     @property
     def runnable(self) -> bool:
         """Whether `step` would run an iteration."""
-        return self._lease > 0 and bool(self._rows)
+        return self._lease > 0 and any(not job.fetching for job, _ in self._rows)
 
     @property
     def has_rows(self) -> bool:
@@ -170,6 +177,8 @@ class Engine:
                 self._failed.append((handle, why))
             elif job is not None and not job.finished:
                 self._rows.append((job, tokens))
+                if job.salt and not job.blocks and not job.copying:
+                    self._host.fetch(job, self._beginning(job))
         self.forget_released()
 
     def forget_released(self) -> None:
@@ -248,6 +257,7 @@ class Engine:
 
     def _collect(self, result: Iteration) -> None:
         self.forget_released()
+        self._host.save()
         result.ops = self.kv_ops.take_results()
         result.failed = result.failed + self._failed
         self._failed = []
@@ -256,6 +266,8 @@ class Engine:
         """Rows that can run with the count of tokens each processes; blocks are taken for them."""
         work = []
         for job, most in self._rows:
+            if job.fetching:
+                continue
             begins = not job.blocks
             if begins:
                 self._share(job)
@@ -269,20 +281,24 @@ class Engine:
                 if begins:
                     self.kv_ops.free_device(job)
                 continue
-            if begins and job.salt:
-                result.lookups.append((job.handle, len(job.tokens), job.computed))
+            if job.found is not None:
+                result.lookups.append((job.handle, len(job.tokens), *job.found))
+                job.found = None
             job.blocks += fresh
             work.append((job, count))
         return work
 
     def _share(self, job: Job) -> None:
-        """Begin with the full blocks that are there already, but for the last known token: its
-        logits are the next one's."""
+        """Begin with the full blocks that are there already."""
         if job.salt:
-            size = self._kv.block_size
-            job.blocks = self.pool.share(self._keys.of(job, 0, (len(job.tokens) - 1) // size))
+            job.blocks = self.pool.share(self._beginning(job))
             job.registered = len(job.blocks)
-            job.computed = job.registered * size
+            job.computed = job.registered * self._kv.block_size
+            job.found = (job.computed, 0)
+
+    def _beginning(self, job: Job) -> Iterator[bytes]:
+        """Keys of its full blocks, but for the last known token: its logits are the next one's."""
+        return self._keys.of(job, 0, (len(job.tokens) - 1) // self._kv.block_size)
 
     def _offer(self, job: Job) -> None:
         """Let others have the blocks that have become full."""
@@ -326,6 +342,7 @@ class Engine:
         for job, token in zip(sampling, chosen, strict=True):
             if token is None:
                 self.pool.forget(job.blocks)
+                self._host.forget(job.keys)
                 self._fail(job, "the model's logits are not finite", result)
             else:
                 self._append(job, token, result)

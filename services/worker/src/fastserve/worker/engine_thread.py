@@ -113,7 +113,7 @@ def _resolve(answer: asyncio.Future[Any], value: Any) -> None:
 
 
 class StagingMover:
-    """KvMover over KvStaging: copies run on the event loop's side, results come back by inbox."""
+    """Mover over KvStaging: copies run on the event loop's side, results come back by inbox."""
 
     def __init__(
         self,
@@ -145,6 +145,28 @@ class StagingMover:
     def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None:
         async def run(staging: KvStaging) -> Copied:
             return await staging.load(job_id, blocks)
+
+        self._start("in", run, done)
+
+    @property
+    def caches(self) -> bool:
+        return self.staging is not None
+
+    @property
+    def cached_blocks(self) -> int:
+        return self.staging.cached_blocks if self.staging is not None else 0
+
+    def save(
+        self, blocks: Sequence[int], intact: Callable[[], Sequence[bytes]], done: CopyDone
+    ) -> None:
+        async def run(staging: KvStaging) -> Copied:
+            return await staging.save(blocks, intact)
+
+        self._start("out", run, done)
+
+    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyDone) -> None:
+        async def run(staging: KvStaging) -> Copied:
+            return await staging.fetch(keys, blocks)
 
         self._start("in", run, done)
 
@@ -186,6 +208,6 @@ class StagingMover:
             log.warning("KV copy failed", direction=direction or "release", reason=str(error))
             # A release that cannot be told: the sidecar that held the blocks is gone with them.
             return (refused if direction else OpStatus.OK), _NOTHING
-        if direction:
+        if copied.bytes:
             self._metrics.copied(direction, copied.bytes, copied.seconds)
         return OpStatus.OK, copied

@@ -60,7 +60,9 @@ class Job:
     first; the first is under way if `copying`, and until it ends no block of the job is freed.
     salt: jobs with the same one share blocks; with b"" it shares none. keys: of its first blocks,
     as far as they were made. registered: how many of its first blocks were offered to others.
-    certain: tokens up to which its KV is surely that of its tokens.
+    certain: tokens up to which its KV is surely that of its tokens. fetching: its beginning comes
+    from the cache on the host, and no row can run until it is there. found: tokens that the cache
+    had on the device and on the host when it began, until that was told.
     """
 
     job_id: str
@@ -79,6 +81,8 @@ class Job:
     keys: list[bytes] = field(default_factory=list)
     registered: int = 0
     certain: float = math.inf
+    fetching: bool = False
+    found: tuple[int, int] | None = None
     ops: deque[Op] = field(default_factory=deque)
 
     @property

@@ -69,7 +69,20 @@ class KvOps:
     def free_device(self, job: Job) -> None:
         """Its device blocks are its own no more. No copy of them may be under way."""
         self._pool.give_back(job.blocks)
-        job.blocks, job.computed, job.registered = [], 0, 0
+        job.blocks, job.computed, job.registered, job.found = [], 0, 0, None
+
+    def fence(self, job: Job, start: Callable[[CopyDone], None], ended: CopyDone) -> None:
+        """Start a copy that touches blocks of a job: its operations wait until it has ended."""
+        job.copying = True
+        self.copies += 1
+
+        def done(status: OpStatus, copied: Copied) -> None:
+            self.copies -= 1
+            job.copying = False
+            ended(status, copied)
+            self._start(job)
+
+        start(done)
 
     def _start(self, job: Job) -> None:
         """Run queued operations until one has to wait for a copy."""
@@ -140,16 +153,7 @@ class KvOps:
 
     def _copy(self, job: Job, start: Callable[[CopyDone], None], op: Op, stored: int = 0) -> None:
         """stored: tokens on the host when a COPY_OUT is over."""
-        job.copying = True
-        self.copies += 1
-
-        def done(status: OpStatus, copied: Copied) -> None:
-            self.copies -= 1
-            job.copying = False
-            self._copied(job, op, status, copied, stored)
-            self._start(job)
-
-        start(done)
+        self.fence(job, start, lambda status, copied: self._copied(job, op, status, copied, stored))
 
     def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied, stored: int) -> None:
         tokens = 0

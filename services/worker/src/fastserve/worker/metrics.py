@@ -63,11 +63,13 @@ class Metrics:
             "Tokens of jobs that began with nothing on the device and may share KV",
             registry=registry,
         )
-        self.cache_hits = Counter(
+        hits = Counter(
             "fastserve_prefix_cache_hits",
-            "Of them, those whose KV was there already",
+            "Of them, those whose KV was there already, on the device or on the host",
+            ["tier"],
             registry=registry,
         )
+        self._device_hits, self._host_hits = hits.labels("device"), hits.labels("host")
 
         def labelled(kind: type[Gauge] | type[Counter], name: str, text: str) -> Any:
             return kind(name, text, ["model_name"], registry=registry).labels(model)
@@ -108,15 +110,15 @@ class Metrics:
             self.control.observe(iteration.control_seconds)
         self._running.set(len(iteration.rows))
         self._prompt.inc(prefilled)
-        queries = sum(known for _, known, _ in iteration.lookups)
-        hits = sum(cached for _, _, cached in iteration.lookups)
-        for counter, tokens in (
-            (self.cache_queries, queries),
-            (self._cache_queries, queries),
-            (self.cache_hits, hits),
-            (self._cache_hits, hits),
-        ):
-            counter.inc(tokens)
+        for _, known, device, host in iteration.lookups:
+            for counter, tokens in (
+                (self.cache_queries, known),
+                (self._cache_queries, known),
+                (self._device_hits, device),
+                (self._host_hits, host),
+                (self._cache_hits, device + host),
+            ):
+                counter.inc(tokens)
         self._generated.inc(len(iteration.sampled))
         self._iteration_tokens.observe(sum(new for _, new, _ in iteration.rows))
 

@@ -120,10 +120,10 @@ def report_from(
         failed_handles=[handle for handle, _ in iteration.failed],
         failures=[why for _, why in iteration.failed],
     )
-    for handle, _, cached in iteration.lookups:
-        if cached:
+    for handle, _, device, host in iteration.lookups:
+        if device + host:
             report.cached_handles.append(handle)
-            report.cached_tokens.append(cached)
+            report.cached_tokens.append(device + host)
     for handle, index, sampled, finish in iteration.sampled:
         report.sampled_handles.append(handle)
         report.sampled_indexes.append(index)

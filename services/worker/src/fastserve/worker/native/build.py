@@ -31,8 +31,11 @@ _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"})
 _X86_LEVELS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "amx": (
-        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-        _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        (
+            *("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+            *("-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        ),
+        _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
     ),
     "avx512bf16": (
         ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import structlog
@@ -128,6 +129,26 @@ class GroupStaging(KvStaging):
             super().load(job_id, blocks), op="load", job=job_id, blocks=list(blocks)
         )
 
+    async def copy_cached(self, blocks: Sequence[int]) -> int:
+        counts: list[int] = []
+
+        async def copy() -> None:
+            counts.append(await KvStaging.copy_cached(self, blocks))
+
+        replies = await self._all(copy(), op="copy_cached", blocks=list(blocks))
+        counts += [int(reply["count"]) for reply in replies]
+        return min(counts)
+
+    async def keep_cached(self, keys: Sequence[bytes]) -> None:
+        named = [key.hex() for key in keys]
+        replies = await self._all(super().keep_cached(keys), op="keep_cached", keys=named)
+        self.cached_blocks = min([self.cached_blocks, *(reply["cached"] for reply in replies)])
+
+    async def fetch(self, keys: Sequence[bytes], blocks: Sequence[int]) -> Copied:
+        named = [key.hex() for key in keys]
+        own = super().fetch(keys, blocks)
+        return await self._copy(own, op="fetch", keys=named, blocks=list(blocks))
+
     async def release(self, job_ids: Sequence[str]) -> None:
         await self._all(super().release(job_ids), op="release", jobs=list(job_ids))
 
@@ -140,7 +161,7 @@ class GroupStaging(KvStaging):
         replies = await self._all(run(), **message)
         (mine,) = copied
         return Copied(
-            mine.tokens,
+            min([mine.tokens, *(reply["tokens"] for reply in replies)]),
             mine.bytes + sum(reply["bytes"] for reply in replies),
             max([mine.seconds, *(reply["seconds"] for reply in replies)]),
         )
@@ -182,7 +203,7 @@ async def obey(group: Group, store: Store, staging: KvStaging | None) -> None:
 
 async def _do(message: dict[str, Any], staging: KvStaging | None) -> dict[str, Any]:
     assert staging is not None, "rank 0 has a sidecar and this rank has none"
-    reply: dict[str, Any] = {"error": "", "bytes": 0, "seconds": 0.0}
+    reply: dict[str, Any] = {"error": ""}
     try:
         match message["op"]:
             case "attach":
@@ -193,11 +214,17 @@ async def _do(message: dict[str, Any], staging: KvStaging | None) -> dict[str, A
                 await staging.release(message["jobs"])
             case "store":
                 refs = [BlockRef(*ref) for ref in message["blocks"]]
-                copied = await staging.store(message["job"], refs)
-                reply |= {"bytes": copied.bytes, "seconds": copied.seconds}
+                reply |= asdict(await staging.store(message["job"], refs))
             case "load":
-                copied = await staging.load(message["job"], message["blocks"])
-                reply |= {"bytes": copied.bytes, "seconds": copied.seconds}
+                reply |= asdict(await staging.load(message["job"], message["blocks"]))
+            case "copy_cached":
+                reply["count"] = await staging.copy_cached(message["blocks"])
+            case "keep_cached":
+                await staging.keep_cached([bytes.fromhex(key) for key in message["keys"]])
+                reply["cached"] = staging.cached_blocks
+            case "fetch":
+                keys = [bytes.fromhex(key) for key in message["keys"]]
+                reply |= asdict(await staging.fetch(keys, message["blocks"]))
     except StagingError as error:
         reply |= {"error": type(error).__name__, "reason": str(error)}
     return {**reply, "free": staging.free_host_blocks, "host": staging.host_blocks}

@@ -226,7 +226,11 @@ class GroupModel:
 @torch.inference_mode()
 def follow(stage: Stage, kv: KvCache) -> None:
     """Run what rank 0 says until it says stop."""
-    while (batch := unpack(stage.comm.broadcast(None))) is not None:
+    while True:
+        with stage.timed("plan"):
+            message = stage.comm.broadcast(None)
+        if (batch := unpack(message)) is None:
+            return
         for part in micro_batches(batch, stage.group.pp):
             answer = stage.run(part, kv)
             if answer is not None:

@@ -31,6 +31,7 @@ from fastserve.worker.staging.types import (
 
 log = structlog.get_logger(__name__)
 _TIMEOUT_S = 10.0
+_CACHE_TIMEOUT_S = 1.0  # for a piece of the cache: computing it is the other way
 _RENEW_S = 1.0  # by which the sidecar knows that this process lives
 _LOST = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS)
 Read: TypeAlias = "grpc.aio.StreamStreamCall[pb.ReadRequest, pb.ReadResponse]"
@@ -77,6 +78,8 @@ class KvStaging:
         self._renewing: asyncio.Task[None] | None = None
         self.host_blocks = 0
         self.free_host_blocks = 0
+        self.cached_blocks = 0  # of the prefix cache in the pool, after the last save
+        self._written: tuple[list[int], list[int]] = ([], [])  # slots to be kept, checksums
 
     async def attach(self, timeout: float = _TIMEOUT_S) -> None:
         """Map the pool of the sidecar; raises `SidecarLost` if it does not answer in time."""
@@ -151,42 +154,101 @@ class KvStaging:
         Those on the disk come in pieces, each copied while the next one is read. Raises
         `HostCopyLost` if a block is missing or damaged, `SidecarLost`.
         """
+        what = pb.ReadRequest(job_id=job_id, block_indexes=range(len(blocks)))
+        try:
+            copied = await self._read(what, blocks, _TIMEOUT_S)
+        except TimeoutError as error:
+            raise self._lost(error) from error
+        if copied.bytes < len(blocks) * self._block_bytes:
+            raise HostCopyLost(f"job {job_id}: not all of {len(blocks)} blocks came")
+        return copied
+
+    async def save(self, blocks: Sequence[int], intact: Callable[[], Sequence[bytes]]) -> Copied:
+        """Copy blocks into the prefix cache, as many of the first as there is room for.
+
+        intact: called after the copy; the key of each block, b"" if its copy is of no use. Raises
+        `NoHostSpace`, `SidecarLost`.
+        """
+        started = time.perf_counter()
+        count = await self.copy_cached(blocks)
+        keys = intact()[:count]
+        await self.keep_cached(keys)
+        tokens = sum(map(bool, keys)) * self._attach_request.block_size
+        return Copied(tokens, count * self._block_bytes, time.perf_counter() - started)
+
+    async def copy_cached(self, blocks: Sequence[int]) -> int:
+        """The first half of `save`: how many were copied, at least one."""
+        pool = await self._attached()
+        request = pb.ReserveRequest(cache_blocks=len(blocks), **self._who())
+        slots = list((await self._call(self._stub.Reserve, request)).slots)
+        if not slots:
+            raise NoHostSpace("no slot is free for the cache")
+        blocks = blocks[: len(slots)]
+        self._written = (slots, await self._in_thread(self._copier.out, pool, blocks, slots))
+        return len(slots)
+
+    async def keep_cached(self, keys: Sequence[bytes]) -> None:
+        """The second half: the first of the blocks that were copied have these keys."""
+        slots, checksums = self._written
+        keys = [*keys, *[b""] * (len(slots) - len(keys))]
+        commit = pb.CommitRequest(slots=slots, keys=keys, checksums=checksums, **self._who())
+        reply = await self._call(self._stub.Commit, commit)
+        self.free_host_blocks, self.cached_blocks = reply.free_slots, reply.cached_blocks
+
+    async def fetch(self, keys: Sequence[bytes], blocks: Sequence[int]) -> Copied:
+        """Copy the longest run of cached blocks from the first key on into the first blocks. Raises
+        `HostCopyLost` if one is damaged or that takes too long, `SidecarLost`."""
+        try:
+            return await self._read(pb.ReadRequest(keys=keys), blocks, _CACHE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise HostCopyLost("the cache on the host does not answer") from error
+
+    async def _read(self, what: pb.ReadRequest, blocks: Sequence[int], timeout: float) -> Copied:
+        """What comes, into the first blocks. Raises `HostCopyLost`, `SidecarLost`, `TimeoutError`
+        for a piece that does not come."""
         started = time.perf_counter()
         pool = await self._attached()
         call = self._stub.Read()
         try:
-            tokens = await self._read(call, pool, job_id, blocks)
+            done, tokens = await self._pieces(call, pool, what, blocks, timeout)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             if await call.code() in _LOST:
                 raise HostCopyLost(await call.details()) from error
             raise self._lost(error) from error
-        except TimeoutError as error:
-            raise self._lost(error) from error
         finally:
             call.cancel()
-        return Copied(tokens, len(blocks) * self._block_bytes, time.perf_counter() - started)
+        return Copied(tokens, done * self._block_bytes, time.perf_counter() - started)
 
-    async def _read(self, call: Read, pool: HostPool, job_id: str, blocks: Sequence[int]) -> int:
-        """Tokens in the blocks."""
-        request = pb.ReadRequest(job_id=job_id, block_indexes=range(len(blocks)), **self._who())
-        await call.write(request)
+    async def _pieces(
+        self,
+        call: Read,
+        pool: HostPool,
+        what: pb.ReadRequest,
+        blocks: Sequence[int],
+        timeout: float,
+    ) -> tuple[int, int]:
+        """Blocks that came, and their tokens."""
+        what.MergeFrom(pb.ReadRequest(**self._who()))
+        await call.write(what)
         done = tokens = 0
         while done < len(blocks):
-            piece = await asyncio.wait_for(call.read(), _TIMEOUT_S)
+            piece = await asyncio.wait_for(call.read(), timeout)
             if not isinstance(piece, pb.ReadResponse):
-                raise HostCopyLost(f"job {job_id}: {done} of {len(blocks)} blocks came")
+                return done, tokens
             into = blocks[done : done + len(piece.slots)]
             checksums = piece.checksums if self._verify else None
             intact = await self._in_thread(self._copier.back, pool, piece.slots, into, checksums)
             await call.write(pb.ReadRequest(damaged=not intact))
             if not intact:
-                log.error("a host copy is damaged", job_id=job_id)
+                log.error("a host copy is damaged", job_id=what.job_id or "(cache)")
                 await _ended(call)
-                raise HostCopyLost(f"job {job_id}: checksum of a host copy differs")
+                raise HostCopyLost(f"job {what.job_id}: checksum of a host copy differs")
             done += len(piece.slots)
             tokens += sum(piece.valid_tokens)
+            if what.keys:
+                break  # there is one piece of the cache
         await _ended(call)
-        return tokens
+        return done, tokens
 
     async def release(self, job_ids: Sequence[str]) -> None:
         """Free all slots of the jobs. Raises `SidecarLost`."""

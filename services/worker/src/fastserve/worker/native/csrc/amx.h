@@ -13,16 +13,10 @@
 
 namespace fastserve {
 
-#if defined(__AMX_BF16__)
-constexpr bool AMX = true;
-#else
-constexpr bool AMX = false;
-#endif
-
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_WORDS = 16;
 
-#if defined(__AMX_BF16__)
+#if FASTSERVE_AMX
 
 // The shapes of a thread's tiles, for as long as this lives. Setting them empties the tiles.
 // Whoever else uses tiles in the thread (PyTorch does) sets its own shapes, so none are kept.
@@ -49,6 +43,14 @@ public:
         shape(5, words, LANES);
         shape(6, rows, last_words);
         shape(7, last_words, LANES);
+        load();
+    }
+
+    // int8: C and A of `rows` rows, 0 to 3 and 4, 5; `words` words of A and B, B: 6, 7.
+    void set_int8(int rows, int words) {
+        for (int tile = 0; tile < 4; tile++) shape(tile, rows, LANES);
+        for (int tile = 4; tile < 6; tile++) shape(tile, rows, words);
+        for (int tile = 6; tile < 8; tile++) shape(tile, words, LANES);
         load();
     }
 
@@ -90,7 +92,7 @@ ALWAYS_INLINE void tile_load(const int32_t* from, size_t stride) {
 }
 
 template <int TILE>
-ALWAYS_INLINE void tile_store(float* to, size_t stride) {
+ALWAYS_INLINE void tile_store(void* to, size_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride * 4), "i"(TILE) : "memory");
 }
 
@@ -98,6 +100,12 @@ ALWAYS_INLINE void tile_store(float* to, size_t stride) {
 template <int C, int A, int B>
 ALWAYS_INLINE void tile_dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// C += A x B in int8, both with a sign, into whole numbers.
+template <int C, int A, int B>
+ALWAYS_INLINE void tile_dot_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 #endif

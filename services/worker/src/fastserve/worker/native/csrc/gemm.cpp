@@ -16,7 +16,7 @@ constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cac
 
 template <class T>
 ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
-    if constexpr (std::is_same_v<T, Int8>) return splat(x.correction[row * x.groups + group]);
+    if constexpr (std::is_same_v<T, Int8>) return splat(x.correction[group * x.rows + row]);
     return typename T::Acc{};
 }
 
@@ -46,7 +46,7 @@ void tile(const Product& p, int row, int strip) {
             f32x16 scale[NB];
             for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (group * NB + j) * LANES);
             for (int i = 0; i < MR; i++) {
-                const f32x16 s = splat(x.scale[(row + i) * x.groups + group]);
+                const f32x16 s = splat(x.scale[group * x.rows + row + i]);
                 for (int j = 0; j < NB; j++) total[i][j] += to_float(acc[i][j]) * scale[j] * s;
             }
         } else {
@@ -83,12 +83,17 @@ void block(const Product& product, int row, int end, int strip, int panels) {
     }
 }
 
+void block_int8(const Product& product, int row, int end, int strip, int panels) {
+    const bool tiles = AMX && end - row >= MIN_INT8_TILE_ROWS;
+    (tiles ? block_amx_int8 : block<Int8>)(product, row, end, strip, panels);
+}
+
 }  // namespace
 
 void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind, float* out,
               size_t stride) {
     const auto run = w.dtype == Dtype::F32    ? block<F32>
-                     : w.dtype == Dtype::INT8 ? block<Int8>
+                     : w.dtype == Dtype::INT8 ? block_int8
                      : AMX                    ? block_amx
                                               : block<Bf16>;
     const Product product{x, w, kind, out, stride};
@@ -100,9 +105,10 @@ void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind,
     });
 }
 
-void Rows::shape(Dtype new_dtype, int new_size, int rows) {
+void Rows::shape(Dtype new_dtype, int new_size, int new_rows) {
     dtype = new_dtype;
     size = new_size;
+    rows = new_rows;
     words = words_of(dtype, size);
     groups = (words + group_words(dtype) - 1) / group_words(dtype);
     data.reserve(static_cast<size_t>(rows) * words);
@@ -146,8 +152,8 @@ void Rows::put(int row, const float* x) {
             memcpy(bytes + i, &narrow, sizeof narrow);
         }
         // What is not finite has to stay so: the engine fails such a job.
-        scale[row * groups + group] = highest / 127.0f + sum(spoilt);
-        correction[row * groups + group] = -128 * sum(total);
+        scale[group * rows + row] = highest / 127.0f + sum(spoilt);
+        correction[group * rows + row] = -128 * sum(total);
     }
 }
 
@@ -206,7 +212,7 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
                 } else {
                     // Beyond 127 only where the scale was rounded down.
                     const int number = std::clamp(static_cast<int>(std::nearbyintf(v * inverse)), -127, 127);
-                    bits |= static_cast<uint32_t>(number + 128) << (8 * part);
+                    bits |= static_cast<uint32_t>((number + Int8::OFFSET) & 0xff) << (8 * part);
                 }
             }
             out[vector(word) * LANES] = static_cast<int32_t>(bits);

@@ -23,30 +23,33 @@ constexpr int padded(int count, int multiple = LANES) {
 // Words of one panel that follow each other in packed weights of bf16: with AMX a whole tile.
 constexpr int BF16_RUN = AMX ? TILE_WORDS : 1;
 
-// Words of a row of so many numbers, padding included.
-constexpr int words_of(Dtype dtype, int size) {
-    return padded(padded(size) / step_of(dtype), dtype == Dtype::BF16 ? BF16_RUN : 1);
-}
-
 // The sum over a row of inputs is taken in groups of so many words, each into a fresh accumulator:
 // one long chain of additions would lose digits. (A product of AMX tiles sums its 16 words apart by
 // itself.) In int8 a group is 32 numbers, and has a scale of its own in inputs and weights: with 64
 // the perplexity of a small model rises by 1 %.
 constexpr int group_words(Dtype dtype) { return dtype == Dtype::INT8 ? 8 : 32; }
 
+// Words of a row of so many numbers, padding included: with AMX whole tiles.
+constexpr int words_of(Dtype dtype, int size) {
+    const int tile = dtype == Dtype::BF16             ? BF16_RUN
+                     : AMX && dtype == Dtype::INT8 ? group_words(dtype)
+                                                      : 1;
+    return padded(padded(size) / step_of(dtype), tile);
+}
+
 // Activations as products want them: rows of words of 32 bits.
 //
-// int8: number = value * scale of its row and group. Weights are stored with 128 added, since the
-// instruction wants one operand without sign; `correction` is -128 times the sum of a group, what
-// has to be added to its products.
+// int8: number = value * scale of its row and group. Products are taken with 128 added to the
+// weights (see Int8); `correction` is -128 times the sum of a group, what has to be added to them.
 struct Rows {
     Dtype dtype = Dtype::F32;
+    int rows = 0;
     int size = 0;    // numbers in a row
     int words = 0;   // words in a row, padding included
     int groups = 0;  // in a row, the last one maybe shorter
     Buffer<int32_t> data;
-    Buffer<float> scale;         // [rows, groups]
-    Buffer<int32_t> correction;  // [rows, groups]
+    Buffer<float> scale;         // [groups, rows]
+    Buffer<int32_t> correction;  // [groups, rows]
 
     void shape(Dtype dtype, int size, int rows);
     // Puts x [size] into a row. x has room for a multiple of 16 and is zero there.

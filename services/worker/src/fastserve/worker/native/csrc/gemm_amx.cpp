@@ -8,7 +8,7 @@
 
 namespace fastserve {
 
-#if defined(__AMX_BF16__)
+#if FASTSERVE_AMX
 
 namespace {
 

@@ -37,4 +37,9 @@ ALWAYS_INLINE void finish(const Product& p, int row, int panel, f32x16 (&total)[
 // bf16 with AMX, where the level has it: the rows [row, end) with a strip of so many panels.
 void block_amx(const Product& product, int row, int end, int strip, int panels);
 
+// The same in int8, with the bits that gemm.cpp gets. For at least so many rows: with fewer it is
+// slower than that.
+void block_amx_int8(const Product& product, int row, int end, int strip, int panels);
+constexpr int MIN_INT8_TILE_ROWS = 8;
+
 }  // namespace fastserve

@@ -15,10 +15,17 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define FASTSERVE_AMX 1
+#else
+#define FASTSERVE_AMX 0
+#endif
+
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace fastserve {
 
+constexpr bool AMX = FASTSERVE_AMX;
 constexpr int LANES = 16;
 
 typedef float f32x16 __attribute__((vector_size(64), may_alias));
@@ -30,7 +37,8 @@ typedef f32x16 f32x16_any __attribute__((aligned(4)));  // at any address
 
 ALWAYS_INLINE f32x16 load(const float* p) { return *reinterpret_cast<const f32x16_any*>(p); }
 ALWAYS_INLINE void store(float* p, f32x16 v) { *reinterpret_cast<f32x16_any*>(p) = v; }
-ALWAYS_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+// (Written out, since 0 + x is an addition for floats: of -0 it makes 0.)
+ALWAYS_INLINE f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 ALWAYS_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
 
 ALWAYS_INLINE f32x16 to_float(f32x16 v) { return v; }
@@ -38,26 +46,24 @@ ALWAYS_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x
 
 ALWAYS_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
-// Sums and maxima over lanes, in a fixed order.
-ALWAYS_INLINE float sum(f32x16 v) {
-    for (int width = LANES / 2; width > 0; width /= 2) {
-        f32x16 shifted = v;
-        for (int i = 0; i < width; i++) shifted[i] = v[i + width];
-        v += shifted;
-    }
+// Sums and maxima over lanes, in a fixed order: each half with the other, down to one lane.
+template <class Vector, class Join>
+ALWAYS_INLINE auto over_lanes(Vector v, const Join& join) {
+    v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
     return v[0];
 }
 
-ALWAYS_INLINE int32_t sum(i32x16 v) {
-    int32_t total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+ALWAYS_INLINE float sum(f32x16 v) {
+    return over_lanes(v, [](f32x16 a, f32x16 b) { return a + b; });
 }
-
+ALWAYS_INLINE int32_t sum(i32x16 v) {
+    return over_lanes(v, [](i32x16 a, i32x16 b) { return a + b; });
+}
 ALWAYS_INLINE float largest(f32x16 v) {
-    float found = v[0];
-    for (int i = 1; i < LANES; i++) found = v[i] > found ? v[i] : found;
-    return found;
+    return over_lanes(v, [](f32x16 a, f32x16 b) { return max(a, b); });
 }
 
 // Nearest integers (ties to even) for |v| < 2^22: the constant pushes the fraction out.
@@ -101,6 +107,11 @@ ALWAYS_INLINE float from_bf16(uint16_t half) {
 }
 
 ALWAYS_INLINE f32x16 load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    // (Masked, since GCC 12 warns of what it leaves undefined without.)
+    return (f32x16)((u32x16)_mm512_maskz_cvtepu16_epi32(0xffff, packed) << 16);
+#endif
     u16x16 halves;
     memcpy(&halves, p, sizeof halves);
     return (f32x16)(__builtin_convertvector(halves, u32x16) << 16);
@@ -129,10 +140,15 @@ struct Bf16 {
     }
 };
 
-struct Int8 {  // w: 0 .. 255, standing for -128 .. 127 (see gemm.h); a: -127 .. 127
+// a: -127 .. 127; w: the same plus OFFSET, since the instruction wants one operand without sign.
+// Tiles of AMX do not, so with them the sign stays, and is turned here for every use. The result is
+// that of w + 128 either way.
+struct Int8 {
     using Acc = i32x16;
     static constexpr int STEP = 4;
+    static constexpr int OFFSET = AMX ? 0 : 128;
     static ALWAYS_INLINE Acc dot(Acc acc, i32x16 w, i32x16 a) {
+        if constexpr (OFFSET == 0) w ^= static_cast<int32_t>(0x80808080);
 #if defined(__AVX512VNNI__)
         return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
 #elif defined(__AVX2__)
