@@ -160,7 +160,13 @@ class Reading:
         return piece
 
     async def acknowledge(self, damaged: bool = False) -> None:
-        await self._call.write(pb.ReadRequest(damaged=damaged))
+        """Raises the error of the call if the sidecar has ended it while the piece was read."""
+        try:
+            await self._call.write(pb.ReadRequest(damaged=damaged))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # A write to an ended call fails with INTERNAL or a wrong state; its status is the reason.
+            await asyncio.wait_for(self._call.read(), 20)
+            raise
 
     async def end(self) -> None:
         """The sidecar has taken note of everything."""
