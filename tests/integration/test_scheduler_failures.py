@@ -201,9 +201,9 @@ async def test_a_worker_that_comes_back(valkey: Valkey, worker: FakeWorker, loss
         assert again == 0 if loss == "stream" else again >= 90
 
 
-async def test_a_worker_process_replaced_at_its_address(valkey: Valkey) -> None:
+async def test_a_worker_process_replaced_at_its_address(valkey: Valkey, tmp_path: Path) -> None:
     first = FakeWorker(device_blocks=512)
-    await first.start()
+    await first.start(f"unix:{tmp_path}/worker")
     async with (
         running_scheduler(valkey, first) as scheduler,
         connected(scheduler.address) as gateway,

@@ -117,9 +117,11 @@ async def test_a_gateway_finishes_its_answers(
             texts = await client.whole()
             answers, tasks = client.start()
             await middle(answers)
+            worker.gate.close()
             gateway.process.send_signal(signal.SIGTERM)
             await client.refused("draining")
             assert not any(task.done() for task in tasks), "the answers were over already"
+            worker.gate.open()
             await asyncio.gather(*tasks)
             complete(answers, texts)
         await left(gateway, 10)
@@ -137,11 +139,13 @@ async def test_a_gateway_does_not_wait_for_ever(
         async with client_of(url) as client:
             answers, tasks = client.start()
             await middle(answers)
+            worker.gate.close()
             gateway.process.send_signal(signal.SIGTERM)
             await asyncio.gather(*tasks)
             for answer in answers:
                 assert answer.error is not None and answer.error["code"] == "draining"
                 assert "X-FastServe-Answer" in answer.error["message"]
+        worker.gate.open()
         await left(gateway, 10)
         # Their clients may go on elsewhere, for a while.
         await eventually(lambda: worker.held == {}, "the jobs to be cancelled")

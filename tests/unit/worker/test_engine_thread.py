@@ -76,8 +76,7 @@ async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 2)
     # A plan without rows, or a scheduler that is gone: there is nothing to wait for.
-    thread.post(lambda _: engine.plan(rows=False))
-    await asyncio.sleep(0.05)
+    await thread.ask(lambda _: engine.plan(rows=False))
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 3)
     await thread.stop()
