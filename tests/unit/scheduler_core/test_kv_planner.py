@@ -135,7 +135,8 @@ def test_a_copy_takes_some_time_whatever_its_size() -> None:
         channel.pending += 4
         channel.end(float(number), 0.010, 4)
     assert channel.seconds(4) == pytest.approx(0.010)
-    assert channel.block_s == pytest.approx(0.0025) and channel.fixed_s == pytest.approx(0, abs=1e-9)
+    assert channel.block_s == pytest.approx(0.0025)
+    assert channel.fixed_s == pytest.approx(0, abs=1e-9)
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(1e-6, 10.0)), min_size=1, max_size=60))
