@@ -80,6 +80,7 @@ async def test_jobs_are_spread_over_two_groups(valkey: Valkey) -> None:
 
 
 async def test_a_worker_that_asks_is_drained_and_may_leave(valkey: Valkey) -> None:
+    """Scaling down drains (dynamo #13559)."""
     async with (
         fakes("a", "b") as (first, second),
         running_scheduler(valkey, first, second) as scheduler,

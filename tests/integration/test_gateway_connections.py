@@ -64,7 +64,7 @@ async def assert_cancelled(stack: Stack, jobs: int = 1) -> None:
     assert (await stack.chat()).json()["choices"][0]["message"]["content"] == "fine"
 
 
-async def test_client_gone_in_the_middle_of_a_stream(stack: Stack) -> None:
+async def test_client_gone_in_the_middle_of_a_stream(stack: Stack) -> None:  # ray #61551
     stack.scheduler.reply = endless(stack)
     async with streaming(stack, n=2) as response:
         async for line in response.aiter_lines():
