@@ -140,7 +140,7 @@ async def test_scheduler_that_dies_in_the_middle(
     default_model_folder: Path, default_tokenizer: Tokenizer
 ) -> None:
     async with running_gateway(
-        default_model_folder, default_tokenizer, reattach_timeout=0.1, scheduler_timeout=0.1
+        default_model_folder, default_tokenizer, reattach_timeout=0.1, scheduler_timeout=1.0
     ) as stack:
         stack.scheduler.reply = endless(stack)
         lines = []
