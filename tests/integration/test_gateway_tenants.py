@@ -85,14 +85,6 @@ async def test_a_class_above_that_of_the_key_is_lowered_and_counted(stack: Stack
 
 
 @pytest.fixture
-async def worker() -> AsyncIterator[FakeWorker]:
-    worker = FakeWorker(device_blocks=512)
-    async with worker.serving():
-        yield worker
-    assert worker.violations == []
-
-
-@pytest.fixture
 async def scheduler(worker: FakeWorker) -> AsyncIterator[RunningScheduler]:
     with running_valkey() as valkey:
         async with running_scheduler(valkey, worker) as running:

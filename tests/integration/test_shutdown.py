@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,12 @@ from support.processes import Running
 from support.shards import gateway_process, scheduler_process
 from support.streams import TIMEOUT, Answer, body_of, stream
 from support.tiny_models import tiny_model
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually, eventually_async
 
 STREAMS = 4
 TOKENS = 100
 SAMPLED: dict[str, Any] = {"temperature": 2.0, "top_k": 4}  # no loops, and no near ties
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -14,17 +14,11 @@ from support.fake_worker import FakeWorker, expected_tokens
 from support.gateway_client import GatewayClient, JobView, connected
 from support.proxy import Proxy
 from support.schedulers import RunningScheduler, running_scheduler
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually
 
 JOBS = 20
 TOKENS = 120
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +25,6 @@ from unit.gateway.scripted_scheduler import (
 ALREADY_EXISTS = scheduler_pb2.REJECT_REASON_ALREADY_EXISTS
 NOT_FOUND = scheduler_pb2.REJECT_REASON_NOT_FOUND
 CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
-
-
-@pytest.fixture
-async def scheduler() -> AsyncIterator[ScriptedScheduler]:
-    async with running_scheduler() as running:
-        yield running
-
-
-@pytest.fixture
-async def client(scheduler: ScriptedScheduler) -> AsyncIterator[SchedulerClient]:
-    async with running_client(scheduler.address) as running:
-        yield running
 
 
 async def test_cancel(scheduler: ScriptedScheduler, client: SchedulerClient) -> None:
