@@ -55,7 +55,7 @@ class RunningScheduler:
     async def stop(self) -> None:
         """As on SIGTERM."""
         self._stop.set()
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             await self._task
 
     async def kill(self) -> None:
