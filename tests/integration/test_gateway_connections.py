@@ -132,8 +132,10 @@ async def check_slow_reader(stack: Stack) -> None:
         tokens=[token] * 20_000, logprobs=scores, per_batch=100, finish=UNFINISHED
     )
     _, writer = await raw_request(stack, stream=True, logprobs=True, top_logprobs=20)
-    await assert_cancelled(stack)
-    writer.close()
+    try:
+        await assert_cancelled(stack)
+    finally:
+        writer.close()
 
 
 async def test_scheduler_that_dies_in_the_middle(

@@ -86,7 +86,7 @@ async def start_scheduler(
         "listen": "127.0.0.1:0",
         "redis_url": valkey.url,
         "leader_ttl": 0.6,
-        "redis_timeout": 0.5,
+        "redis_timeout": 2.0,
         "shutdown_timeout": 2.0,
         **settings,
     }
