@@ -45,6 +45,8 @@ class Server:
         config.max_num_seqs = max_seqs
         self._pipeline = ov.ContinuousBatchingPipeline(weights, config, "CPU")
         self._tokenizer = self._pipeline.get_tokenizer()
+        # To decode a token costs its library a run of a graph: the words as they stand do here.
+        self._words = {id: word for word, id in self._tokenizer.get_vocab().items()}
         self._ids = itertools.count()
         self._answers: list[_Answer] = []
         self._wake = asyncio.Event()
@@ -66,8 +68,8 @@ class Server:
         while answer.handle.can_read():
             for output in answer.handle.read().values():
                 answer.tokens += len(output.generated_ids)
-                text = self._tokenizer.decode(list(output.generated_ids))
-                answer.send({"choices": [{"index": 0, "text": text or " "}]})
+                text = "".join(str(self._words[token]) for token in output.generated_ids)
+                answer.send({"choices": [{"index": 0, "text": text}]})
         if answer.handle.get_status() == ov.GenerationStatus.RUNNING:
             return
         answer.send({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})

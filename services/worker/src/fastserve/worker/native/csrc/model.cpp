@@ -67,7 +67,6 @@ void Model::set_rope(const float* cos, const float* sin) {
 }
 
 void Model::forward(const Batch& batch) {
-    const Pool::OnCore here(pool_);
     plan(batch);
     const int count = batch.tokens;
     const KvPages kv{batch.kv,          shape_.layers, shape_.kv_heads,

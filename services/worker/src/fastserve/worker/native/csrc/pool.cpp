@@ -1,9 +1,5 @@
 #include "pool.h"
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
-
 namespace fastserve {
 
 namespace {
@@ -18,49 +14,12 @@ void relax() {
 #endif
 }
 
-// The cores that this thread may run on; none where the system does not tell.
-std::vector<int> allowed() {
-    std::vector<int> cores;
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) != 0) return cores;
-    for (int core = 0; core < CPU_SETSIZE; core++) {
-        if (CPU_ISSET(core, &set)) cores.push_back(core);
-    }
-#endif
-    return cores;
-}
-
-// Keeps this thread to cores [first, end). A failure is no harm: it runs as it did.
-void keep_to([[maybe_unused]] const int* first, [[maybe_unused]] const int* end) {
-#if defined(__linux__)
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    for (; first != end; first++) CPU_SET(*first, &set);
-    sched_setaffinity(0, sizeof set, &set);
-#endif
-}
-
 }  // namespace
 
-Pool::Pool(int threads) : cores_(allowed()) {
-    if (threads == 1 || cores_.size() != static_cast<size_t>(threads)) cores_.clear();
+Pool::Pool(int threads) {
     for (int thread = 1; thread < threads; thread++) {
-        helpers_.emplace_back([this, thread] {
-            if (!cores_.empty()) keep_to(&cores_[thread], &cores_[thread] + 1);
-            help(thread);
-        });
+        helpers_.emplace_back([this, thread] { help(thread); });
     }
-}
-
-Pool::OnCore::OnCore(const Pool& pool) : pool_(pool) {
-    const auto& cores = pool_.cores_;
-    if (!cores.empty()) keep_to(cores.data(), cores.data() + 1);
-}
-
-Pool::OnCore::~OnCore() {
-    const auto& cores = pool_.cores_;
-    if (!cores.empty()) keep_to(cores.data(), cores.data() + cores.size());
 }
 
 Pool::~Pool() {

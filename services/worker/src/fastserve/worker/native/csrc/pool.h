@@ -3,8 +3,6 @@
 // A step of the model is some two hundred short phases. The caller works too, and a phase is over
 // when its tasks are done, not when every thread has come by: on a machine where the gateway and
 // the scheduler want the cores as well, a helper that has to wait for its turn holds nobody up.
-// If the pool has all cores, each thread keeps to one: left to itself Linux runs two of them on the
-// same core for milliseconds while another is idle.
 // Helpers without work spin for a moment, since the next phase is microseconds away, then sleep.
 #pragma once
 
@@ -23,18 +21,6 @@ public:
     Pool& operator=(const Pool&) = delete;
 
     int threads() const { return static_cast<int>(helpers_.size()) + 1; }
-
-    // While it lives the calling thread keeps to the pool's first core, if the pool has cores.
-    class OnCore {
-    public:
-        explicit OnCore(const Pool& pool);
-        ~OnCore();
-        OnCore(const OnCore&) = delete;
-        OnCore& operator=(const OnCore&) = delete;
-
-    private:
-        const Pool& pool_;
-    };
 
     // Does task(i, thread) for i = 0 .. count - 1, each on whichever thread is free (the caller is
     // thread 0), and returns when all are done. A task must not throw.
@@ -68,8 +54,6 @@ private:
     const void* task_ = nullptr;
     std::atomic<bool> ending_{false};
     std::vector<std::thread> helpers_;
-    // Where the threads may run, and the core of each: only if there are as many as threads.
-    std::vector<int> cores_;
 };
 
 }  // namespace fastserve
