@@ -15,7 +15,7 @@ from fastserve.proto.v1 import worker_pb2
 from support.pod import Pod
 from support.tiny_models import tiny_model
 from support.waiting import eventually_async
-from support.worker_driver import EXPORT, LOST, NOT_SENT, OK, RELEASE, UPLOAD
+from support.worker_driver import LOST, NOT_SENT, OK, RELEASE, UPLOAD
 
 PROMPT = [(7 * n) % 250 for n in range(43)]
 SAMPLING = {"temperature": 2.0, "top_k": 4, "seed": 5}

@@ -154,7 +154,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ready = [
             job.job_id
             for job, _ in model._live_rows()
-            if job.job_id in self.output and job.job_id not in self.ended
+            if (known := self.scheduler.job(job.job_id)) is not None and known.worker_id == name
         ]
         return data.draw(st.sampled_from(ready)) if ready else None
 

@@ -84,6 +84,19 @@ def test_without_another_group_jobs_stay_and_newcomers_are_refused() -> None:
     assert plan is not None and plan.may_leave
 
 
+def test_jobs_that_lost_their_group_go_to_one_that_takes_jobs_again() -> None:
+    groups = Groups({"a": 1.0, "b": 1.0})
+    groups.scheduler.drain("b", True, groups.now)
+    groups.submit("j")
+    groups.models.pop("a")
+    groups.scheduler.remove_worker("a", groups.now)
+    groups.step(2)
+    assert groups.at("b") == set()
+    groups.scheduler.drain("b", False, groups.now)
+    assert groups.at("b") == {"j"}
+    groups.run()
+
+
 def test_a_job_too_long_for_the_group_that_stays_ends_where_it_is() -> None:
     groups = Groups({"a": 1.0})
     small = worker_info("b", device_blocks=8, max_model_len=32)

@@ -44,7 +44,7 @@ def plan_from(message: worker_pb2.Plan) -> Plan:
     op_blocks = message.op_blocks or [0] * len(message.ops)
     if len(op_blocks) != len(message.ops):
         raise BadPlan("op_blocks and ops differ in length")
-    if message.ops.count(worker_pb2.KV_OP_EXPORT) != len(message.export_to):
+    if list(message.ops).count(worker_pb2.KV_OP_EXPORT) != len(message.export_to):
         raise BadPlan("export_to does not have an entry for each EXPORT")
     if len(set(message.row_handles)) != len(message.row_handles):
         raise BadPlan("a job has two rows")

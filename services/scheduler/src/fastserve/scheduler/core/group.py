@@ -71,7 +71,7 @@ class Group:
     unreachable: dict[str, float] = field(default_factory=dict)
     #   groups that could not be sent KV, and when that is tried again
     introduce: dict[str, int] = field(default_factory=dict)  # as in the next plan
-    renew: set[Job] = field(default_factory=set)  # to be introduced with their next row
+    renew: dict[Job, None] = field(default_factory=dict)  # to be introduced with their next row
     host_reopens: float = 0.0  # when a host that refused blocks is tried again
     host_closed: bool = False
     outward: Transfers = field(default_factory=Transfers)

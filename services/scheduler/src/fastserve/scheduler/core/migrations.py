@@ -59,7 +59,7 @@ class Migrations:
             self.give_up(job.migration)
         group.remove(job, over=over)
         group.introduce.pop(job.job_id, None)
-        group.renew.discard(job)
+        group.renew.pop(job, None)
         if job.named:
             busy = job.op is not None
             group.leave_behind(job.job_id, job.booked, job.host_booked, busy=busy)
@@ -223,7 +223,7 @@ class Migrations:
                 if op.migration is migration:
                     op.job, op.migration = job, None
             job.kv, job.op, job.booked = KvState.UPLOADING, KvOpKind.UPLOAD, migration.device
-            to.renew.add(job)
+            to.renew[job] = None
             to.introduce.pop(job.job_id, None)
         elif migration.device:
             to.device_used -= migration.device
@@ -238,7 +238,7 @@ def _take_over(job: Job, migration: Migration) -> None:
     if migration.stage is Stage.COMING:
         job.kv, job.computed, job.booked = KvState.DEVICE, migration.tokens, migration.device
         to.resident[job] = None
-        to.renew.add(job)
+        to.renew[job] = None
     else:
         job.kv = KvState.HOST
         to.introduce[job.job_id] = migration.tokens

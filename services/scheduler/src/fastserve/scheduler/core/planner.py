@@ -58,9 +58,9 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
             group.start(job)
             tell(job, EventKind.STARTED, now)
     group.left = (len(group.waiting), group.running)
-    for job in group.renew & draft.chosen:
+    for job in [job for job in group.renew if job in draft.chosen]:
         group.introduce.setdefault(job.job_id, 0)
-        group.renew.discard(job)
+        del group.renew[job]
     quiet = not draft.ops and not group.restate and not group.introduce
     if quiet and _goes_on(group, draft.rows):
         return None

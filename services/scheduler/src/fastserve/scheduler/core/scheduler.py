@@ -161,6 +161,11 @@ class Scheduler:
         group = self._groups[worker_id]
         group.draining, group.dismissed, group.restate = draining, False, True
         self._migrations.turn(group, draining=draining)
+        for job in list(self._homeless):
+            home = self._moves.home(job, now)
+            if home is not None:
+                del self._homeless[job]
+                self._migrations.settle(home, job, now)
         self._moves.balance(now)
 
     def draining(self, worker_id: str) -> bool:
