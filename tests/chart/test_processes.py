@@ -57,6 +57,7 @@ class Cluster:
     logs: Path
     ports: dict[tuple[str, int], int] = field(default_factory=dict)  # container, its port
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    held: list[socket.socket] = field(default_factory=list)  # one per port
 
     def __post_init__(self) -> None:
         self.pod_of = {
@@ -68,11 +69,10 @@ class Cluster:
         self.service = {
             m["metadata"]["name"]: m["spec"] for m in self.manifests if m["kind"] == "Service"
         }
-        with contextlib.ExitStack() as held:
-            for name, found in self.container.items():
-                for port in found.get("ports", []):
-                    taken = held.enter_context(socket.create_server(("127.0.0.1", 0)))
-                    self.ports[name, port["containerPort"]] = taken.getsockname()[1]
+        for name, found in self.container.items():
+            for port in found.get("ports", []):
+                self.held.append(held := _hold_a_port())
+                self.ports[name, port["containerPort"]] = held.getsockname()[1]
 
     def here(self, name: str, text: str) -> str:
         """`text` of a container's environment or arguments, for this machine."""
@@ -174,6 +174,15 @@ class Cluster:
             raise AssertionError(f"{name} did not end in {grace} s:\n{self.log(name)}") from None
 
 
+def _hold_a_port() -> socket.socket:
+    """A free port that the system gives to nobody else, for a connection or a server, until this
+    socket is closed; a server that asks for it by its number may have it."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
 def _serving(address: str, service: str) -> bool:
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -215,6 +224,8 @@ def cluster(values: dict[str, Any], folder: Path, model: Path) -> Iterator[Clust
         for process in made.running.values():
             process.kill()
             process.wait(timeout=10)
+        for held in made.held:
+            held.close()
 
 
 @pytest.mark.parametrize("values", [_PLAIN, _MUTUAL_TLS], ids=["plain", "tls"])

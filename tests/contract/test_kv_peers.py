@@ -19,6 +19,7 @@ from fastserve.proto.v1 import kv_offload_pb2 as pb
 from fastserve.proto.v1 import kv_offload_pb2_grpc as pb_grpc
 from support.kv_client import BLOCK_BYTES, TOKENS, Caller, attached, content, refused
 from support.processes import Running, service
+from support.proxy import Proxy
 
 TLS = Path(__file__).parents[1] / "support" / "tls"
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
@@ -46,9 +47,12 @@ def pair(tmp_path: Path) -> Iterator[tuple[Running, Running]]:
         yield source, target
 
 
-async def export(caller: Caller, target: Running, *jobs: str, to: str = "w") -> pb.ExportResponse:
-    address = target.info["peer_address"]
-    request = pb.ExportRequest(job_ids=jobs, peer=address, to_worker_id=to, **caller.who)
+async def export(
+    caller: Caller, target: Running, *jobs: str, by: str | None = None
+) -> pb.ExportResponse:
+    """by: the address to use, if it is not that of the target."""
+    address = by or target.info["peer_address"]
+    request = pb.ExportRequest(job_ids=jobs, peer=address, to_worker_id="w", **caller.who)
     return await asyncio.wait_for(caller.stub.Export(request), 60)
 
 
@@ -183,14 +187,19 @@ async def test_an_import_that_is_not_right_leaves_nothing(
 
 @pytest.mark.parametrize("victim", ["source", "target"])
 async def test_a_sidecar_killed_in_the_middle_of_a_transfer(tmp_path: Path, victim: str) -> None:
+    """All bytes go through the test, so the transfer cannot end while it does not look."""
     size, count = 2 << 20, 100
     with (
         start(tmp_path, "source", blocks=count) as source,
         start(tmp_path, "target", blocks=count) as target,
     ):
-        async with attached(source, size=size) as here, attached(target, size=size) as there:
+        async with (
+            attached(source, size=size) as here,
+            attached(target, size=size) as there,
+            Proxy(target.info["peer_address"]).running() as proxy,
+        ):
             await here.store("a", count, size)
-            transfer = asyncio.create_task(export(here, target, "a"))
+            transfer = asyncio.create_task(export(here, target, "a", by=proxy.address))
             await there.until(lambda s: s.reserved_slots == count, "the transfer")
             (source if victim == "source" else target).kill()
             await refused(transfer, UNAVAILABLE)

@@ -261,13 +261,13 @@ async def test_committed_blocks_outlive_the_worker_on_both_tiers(sidecar: Runnin
 
 
 async def test_the_blocks_of_a_worker_that_never_comes_back_are_freed(tmp_path: Path) -> None:
-    with start(tmp_path, "--owner-lease", "1") as running:
+    with start(tmp_path, "--owner-lease", "2") as running:
         async with attached(running) as caller:
-            assert caller.attached.owner_lease_seconds == 1
+            assert caller.attached.owner_lease_seconds == 2
             await caller.store("a", 4)
             async with asyncio.timeout(20):
-                for _ in range(8):  # kept for two leases by nothing but this
-                    await asyncio.sleep(0.25)
+                for _ in range(5):  # kept for longer than a lease by nothing but this
+                    await asyncio.sleep(0.5)
                     await caller.stub.Renew(pb.RenewRequest(**caller.who))
             await caller.load("a", 4)
             gone = await caller.until(lambda s: s.owners == 0, "the end of the lease")
@@ -283,7 +283,7 @@ async def test_the_blocks_of_a_worker_that_never_comes_back_are_freed(tmp_path: 
 
 async def test_a_frozen_worker_that_wakes_up_spoils_nothing(tmp_path: Path) -> None:
     """Its lease ended, and its memory belongs to another: it still writes into its old mapping."""
-    with start(tmp_path, "--owner-lease", "1") as running:
+    with start(tmp_path, "--owner-lease", "2") as running:
         async with attached(running) as frozen:
             slots = await frozen.reserve("a", 0, 1)
             await frozen.until(lambda s: s.owners == 0, "the end of the lease")

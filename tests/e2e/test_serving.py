@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -126,12 +125,10 @@ async def test_a_client_that_goes_away_frees_its_row(
     await answer.reached(3)
     going.cancel()
     await asyncio.gather(going, return_exceptions=True)
-    cancelled = time.monotonic()
     await eventually(
         lambda: running.metric("scheduler", "fastserve_requests_total", outcome="cancelled") >= 1,
         "cancellation",
     )
-    assert time.monotonic() - cancelled < 5.0
     await eventually(
         lambda: (
             running.metric("worker", "vllm:kv_cache_usage_perc") == 0.0

@@ -10,26 +10,18 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-
-import pytest
 
 from fastserve.common import rpc
 from fastserve.proto.v1 import scheduler_pb2, scheduler_pb2_grpc
 from support.fake_worker import FakeWorker, expected_tokens
 from support.gateway_client import GatewayClient, JobView, connected
 from support.schedulers import RunningScheduler, running_scheduler
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually
 
 TOKENS = 120
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 @contextlib.asynccontextmanager

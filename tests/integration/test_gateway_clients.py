@@ -232,6 +232,7 @@ async def test_one_span_per_request(stack: Stack, monkeypatch: pytest.MonkeyPatc
         assert sent == f"00-{trace_id}-{trace.format_span_id(span_id)}-01"
     spans.clear()
     await stack.chat(model="other")
+    await eventually(spans.get_finished_spans, "the span")
     (span,) = spans.get_finished_spans()
     assert span.attributes is not None
     assert span.attributes["error.type"] == "model_not_found"

@@ -203,4 +203,5 @@ async def test_answers_that_take_too_long_are_cut_off_at_the_end(
             await stack.task
         streamed, whole_one = (submit.job_id for submit in stack.scheduler.submits)
         # The streamed answer waits for its client at the scheduler: it goes on at another gateway.
+        await eventually(lambda: stack.scheduler.cancelled, "the cancel")
         assert stack.scheduler.cancelled == {whole_one} != {streamed}

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -22,22 +22,8 @@ from fastserve.proto.v1 import scheduler_pb2
 from support.fake_worker import FakeWorker, expected_tokens
 from support.gateway_client import connected
 from support.schedulers import RunningScheduler, running_scheduler, start_scheduler
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
-
-
-@pytest.fixture
-async def worker() -> AsyncIterator[FakeWorker]:
-    worker = FakeWorker(device_blocks=512)
-    async with worker.serving():
-        yield worker
-    assert worker.violations == []
 
 
 @contextlib.asynccontextmanager
@@ -215,9 +201,9 @@ async def test_a_worker_that_comes_back(valkey: Valkey, worker: FakeWorker, loss
         assert again == 0 if loss == "stream" else again >= 90
 
 
-async def test_a_worker_process_replaced_at_its_address(valkey: Valkey) -> None:
+async def test_a_worker_process_replaced_at_its_address(valkey: Valkey, tmp_path: Path) -> None:
     first = FakeWorker(device_blocks=512)
-    await first.start()
+    await first.start(f"unix:{tmp_path}/worker")
     async with (
         running_scheduler(valkey, first) as scheduler,
         connected(scheduler.address) as gateway,

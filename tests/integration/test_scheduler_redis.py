@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
@@ -17,16 +17,10 @@ from support.fake_worker import FakeWorker, expected_tokens
 from support.gateway_client import GatewayClient, JobView, connected
 from support.schedulers import RunningScheduler, running_scheduler, start_scheduler
 from support.slow_redis import slow_redis
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually
 
 ERRORS = "fastserve_redis_errors_total"
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -13,22 +14,8 @@ from fastserve.proto.v1 import sampling_pb2, scheduler_pb2
 from support.fake_worker import FakeWorker, expected_tokens, token_at
 from support.gateway_client import GatewayClient, connected
 from support.schedulers import RunningScheduler, running_scheduler, start_scheduler
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
-
-
-@pytest.fixture
-async def worker() -> AsyncIterator[FakeWorker]:
-    worker = FakeWorker(device_blocks=512)
-    async with worker.serving():
-        yield worker
-    assert worker.violations == []
 
 
 @pytest.fixture
@@ -121,9 +108,10 @@ async def test_no_token_leaves_before_it_is_in_redis(valkey: Valkey, worker: Fak
         view = await gateway.submit("a", seed=3, max_tokens=200)
         await view.at_least(5)
         valkey.pause()
-        await asyncio.sleep(0.1)  # what was on its way arrives
-        before, ran = len(view.tokens), worker.iterations
-        await eventually(lambda: worker.iterations > ran + 20, "the worker going on")
+        # What was written before is on its way: it arrives while the worker goes on.
+        for _ in range(2):
+            before, ran = len(view.tokens), worker.iterations
+            await eventually(lambda ran=ran: worker.iterations > ran + 20, "the worker going on")  # type: ignore[misc]
         assert len(view.tokens) == before
         valkey.resume()
         await view.finished()
@@ -314,11 +302,8 @@ async def test_the_queue_limit(valkey: Valkey, worker: FakeWorker) -> None:
         await (await again.accepted()).finished()
 
 
-async def test_a_worker_that_comes_later_makes_it_ready(valkey: Valkey) -> None:
-    late = FakeWorker()
-    await late.start()
-    address = late.address
-    await late.stop()
+async def test_a_worker_that_comes_later_makes_it_ready(valkey: Valkey, tmp_path: Path) -> None:
+    late, address = FakeWorker(), f"unix:{tmp_path}/late"
     scheduler = await start_scheduler(valkey, address)
     await scheduler.leading()
     async with connected(scheduler.address) as gateway:
@@ -334,7 +319,7 @@ async def test_a_worker_that_comes_later_makes_it_ready(valkey: Valkey) -> None:
 
 async def test_a_deadline_ends_a_job(gateway: GatewayClient, worker: FakeWorker) -> None:
     worker.gate.close()
-    view = await gateway.submit("a", deadline_unix_s=time.time() + 0.2)
+    view = await gateway.submit("a", deadline_unix_s=time.time() + 1.0)
     await view.finished()
     assert view.finish == sampling_pb2.FINISH_REASON_DEADLINE
     assert view.error

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,12 @@ from support.processes import Running
 from support.shards import gateway_process, scheduler_process
 from support.streams import TIMEOUT, Answer, body_of, stream
 from support.tiny_models import tiny_model
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually, eventually_async
 
 STREAMS = 4
 TOKENS = 100
 SAMPLED: dict[str, Any] = {"temperature": 2.0, "top_k": 4}  # no loops, and no near ties
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 @pytest.fixture
@@ -123,9 +117,11 @@ async def test_a_gateway_finishes_its_answers(
             texts = await client.whole()
             answers, tasks = client.start()
             await middle(answers)
+            worker.gate.close()
             gateway.process.send_signal(signal.SIGTERM)
             await client.refused("draining")
             assert not any(task.done() for task in tasks), "the answers were over already"
+            worker.gate.open()
             await asyncio.gather(*tasks)
             complete(answers, texts)
         await left(gateway, 10)
@@ -143,11 +139,13 @@ async def test_a_gateway_does_not_wait_for_ever(
         async with client_of(url) as client:
             answers, tasks = client.start()
             await middle(answers)
+            worker.gate.close()
             gateway.process.send_signal(signal.SIGTERM)
             await asyncio.gather(*tasks)
             for answer in answers:
                 assert answer.error is not None and answer.error["code"] == "draining"
                 assert "X-FastServe-Answer" in answer.error["message"]
+        worker.gate.open()
         await left(gateway, 10)
         # Their clients may go on elsewhere, for a while.
         await eventually(lambda: worker.held == {}, "the jobs to be cancelled")

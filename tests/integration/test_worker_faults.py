@@ -4,7 +4,7 @@ token comes once, and a metric and a log line name the fault."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -13,17 +13,11 @@ from support.fake_worker import FakeWorker, expected_tokens
 from support.gateway_client import GatewayClient, JobView, connected
 from support.proxy import Proxy
 from support.schedulers import RunningScheduler, running_scheduler
-from support.valkey import Valkey, running_valkey
+from support.valkey import Valkey
 from support.waiting import eventually
 
 JOBS = 20
 TOKENS = 120
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with running_valkey() as server:
-        yield server
 
 
 @contextlib.asynccontextmanager

@@ -16,6 +16,7 @@ from fastserve.common.rpc import channel
 from fastserve.proto.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
 from support.pod import Pod, beginnings_come_from_the_host
 from support.tiny_models import EOS, VOCAB, tiny_model
+from support.waiting import eventually_async
 from support.worker_driver import (
     COPY_OUT,
     DROP_DEVICE,
@@ -421,7 +422,11 @@ async def test_jobs_come_back_from_the_disk(small_pod: Pod) -> None:
     async with pod.driver() as driver:
         await offload_all(driver)
         assert driver.reports[-1].free_host_blocks == held - 16
-        assert (await pod.stats()).disk_blocks >= 9
+
+        async def spilled() -> bool:  # the last of them is written while nobody waits for it
+            return (await pod.stats()).disk_blocks >= 9
+
+        await eventually_async(spilled, "a free host slot")
         for name in NAMES:
             back = await driver.op(UPLOAD, name)
             assert (back.status, back.bytes) == (OK, 4 * BLOCK_BYTES)

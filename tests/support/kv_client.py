@@ -164,7 +164,7 @@ class Reading:
         try:
             await self._call.write(pb.ReadRequest(damaged=damaged))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            # A write to an ended call fails with INTERNAL or a wrong state; its status is the reason.
+            # A write to an ended call fails with INTERNAL or a wrong state: its status tells why.
             await asyncio.wait_for(self._call.read(), 20)
             raise
 

@@ -296,11 +296,11 @@ def test_stop_goes_in_reverse_order_and_one_at_a_time(rig: Rig) -> None:
 def test_a_service_that_ignores_sigterm_is_killed_and_the_others_end_in_order(rig: Rig) -> None:
     rig.fake("store")
     rig.fake("scheduler", "stubborn", "store")
-    supervisor = rig.supervise(stop_s=0.3)
+    supervisor = rig.supervise(stop_s=1.0)
     drive(supervisor, lambda: supervisor.all_ready)
     began = time.monotonic()
     supervisor.stop()
-    assert time.monotonic() - began >= 0.3  # it had its time
+    assert time.monotonic() - began >= 1.0  # it had its time
     assert rig.names("stop") == ["scheduler", "store"]
     assert rig.alive() == []
     assert supervisor.services["scheduler"].state is State.STOPPED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 from grpc import StatusCode
@@ -25,18 +24,6 @@ from unit.gateway.scripted_scheduler import (
 
 ALREADY_EXISTS = scheduler_pb2.REJECT_REASON_ALREADY_EXISTS
 NOT_FOUND = scheduler_pb2.REJECT_REASON_NOT_FOUND
-
-
-@pytest.fixture
-async def scheduler() -> AsyncIterator[ScriptedScheduler]:
-    async with running_scheduler() as running:
-        yield running
-
-
-@pytest.fixture
-async def client(scheduler: ScriptedScheduler) -> AsyncIterator[SchedulerClient]:
-    async with running_client(scheduler.address) as running:
-        yield running
 
 
 async def test_hello_and_welcome(scheduler: ScriptedScheduler, client: SchedulerClient) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +25,6 @@ from unit.gateway.scripted_scheduler import (
 ALREADY_EXISTS = scheduler_pb2.REJECT_REASON_ALREADY_EXISTS
 NOT_FOUND = scheduler_pb2.REJECT_REASON_NOT_FOUND
 CANCELLED = sampling_pb2.FINISH_REASON_CANCELLED
-
-
-@pytest.fixture
-async def scheduler() -> AsyncIterator[ScriptedScheduler]:
-    async with running_scheduler() as running:
-        yield running
-
-
-@pytest.fixture
-async def client(scheduler: ScriptedScheduler) -> AsyncIterator[SchedulerClient]:
-    async with running_client(scheduler.address) as running:
-        yield running
 
 
 async def test_cancel(scheduler: ScriptedScheduler, client: SchedulerClient) -> None:
@@ -200,12 +187,12 @@ async def test_a_scheduler_that_says_something_is_waited_for(
     scheduler: ScriptedScheduler,
 ) -> None:
     """After a burst it takes long to read all answers; only silence means that none will come."""
-    async with running_client(scheduler.address, answer_timeout_s=0.2) as client:
+    async with running_client(scheduler.address, answer_timeout_s=0.8) as client:
         session = await scheduler.session()
         follower = Follower(client)
         submitting = follower.submit("a", prompt_token_ids=[7])
         submit = await session.receive("submit")
-        for _ in range(8):  # for twice the time-out
+        for _ in range(20):  # longer than the time-out
             await asyncio.sleep(0.05)
             await session.welcome(ready=True)
         assert not submitting.done()

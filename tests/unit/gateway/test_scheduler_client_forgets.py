@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-import pytest
-
 from fastserve.gateway.scheduler_client import SchedulerClient
 from unit.gateway.scripted_scheduler import (
     STOP,
     Follower,
     ScriptedScheduler,
     assert_serves,
-    running_client,
-    running_scheduler,
     started,
 )
-
-
-@pytest.fixture
-async def scheduler() -> AsyncIterator[ScriptedScheduler]:
-    async with running_scheduler() as running:
-        yield running
-
-
-@pytest.fixture
-async def client(scheduler: ScriptedScheduler) -> AsyncIterator[SchedulerClient]:
-    async with running_client(scheduler.address) as running:
-        yield running
 
 
 async def test_job_that_is_detached_without_a_stream(

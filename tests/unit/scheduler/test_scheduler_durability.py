@@ -22,7 +22,7 @@ from fastserve.scheduler.store_errors import FencedError
 from support.valkey import Valkey, running_valkey
 from support.waiting import eventually
 
-TIMEOUT_S = 0.5
+TIMEOUT_S = 0.5  # where Redis is frozen until it passes
 
 
 @pytest.fixture
@@ -99,8 +99,14 @@ class Bench:
 
 
 @pytest.fixture
-async def bench(valkey: Valkey) -> AsyncIterator[Bench]:
-    store = Store(valkey.url, "s", TIMEOUT_S)
+def timeout_s() -> float:
+    """Of Redis, so long that a busy machine is not taken for a Redis that is gone."""
+    return 10.0
+
+
+@pytest.fixture
+async def bench(valkey: Valkey, timeout_s: float) -> AsyncIterator[Bench]:
+    store = Store(valkey.url, "s", timeout_s)
     term = await lease.win(store, "me", 60.0, lambda: None)
     bench = Bench(valkey, term, store)
     running = asyncio.ensure_future(bench.journal.run())
@@ -117,7 +123,7 @@ async def test_nothing_is_visible_before_it_is_written(bench: Bench) -> None:
     assert (record.visible, bench.woken) == (0, ["a"])
     bench.valkey.pause()
     bench.iterate(record)
-    await asyncio.sleep(TIMEOUT_S / 3)
+    await asyncio.sleep(0.2)
     assert (record.visible, bench.woken) == (0, ["a"])
     bench.valkey.resume()
     await bench.journal.flush()
@@ -155,12 +161,13 @@ async def test_an_end_is_visible_when_it_is_written(bench: Bench) -> None:
     await bench.check_redis()
 
 
+@pytest.mark.parametrize("timeout_s", [TIMEOUT_S])
 async def test_a_frozen_redis_holds_tokens_for_a_bounded_time(bench: Bench) -> None:
     record = bench.submit("a")
     await bench.journal.flush()
     bench.valkey.pause()
     bench.iterate(record)
-    await eventually(lambda: record.visible == 1, timeout=TIMEOUT_S + 2)
+    await eventually(lambda: record.visible == 1)
     assert not bench.journal.durable
     # From now on nothing waits.
     bench.iterate(record)
@@ -195,6 +202,7 @@ async def test_a_redis_that_died_gets_everything_anew(bench: Bench) -> None:
     await bench.check_redis()
 
 
+@pytest.mark.parametrize("timeout_s", [TIMEOUT_S])
 async def test_jobs_that_went_while_redis_was_away_go_there_too(bench: Bench) -> None:
     gone, stays = bench.submit("gone"), bench.submit("stays")
     bench.iterate(gone, stays)
@@ -278,8 +286,8 @@ async def test_an_idle_leader_notices_that_redis_lost_its_data(bench: Bench) -> 
 
 
 async def test_a_standby_lets_the_leader_repair_what_redis_lost(bench: Bench) -> None:
-    ttl_s = 0.8
-    standing_by = Store(bench.valkey.url, "s", TIMEOUT_S)
+    ttl_s = 2.0
+    standing_by = Store(bench.valkey.url, "s", timeout_s=10.0)
     winning = asyncio.ensure_future(lease.win(standing_by, "you", ttl_s, lambda: None))
     keeping = asyncio.ensure_future(
         lease.keep(bench.store, Term(bench.term.epoch, "me", ttl_s), bench.journal)
@@ -295,7 +303,7 @@ async def test_a_standby_lets_the_leader_repair_what_redis_lost(bench: Bench) ->
     await bench.check_redis()
     keeping.cancel()
     await bench.store.release(bench.term.epoch)
-    term = await asyncio.wait_for(winning, 5)
+    term = await asyncio.wait_for(winning, 20)
     assert term.epoch > bench.term.epoch
     await standing_by.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastserve.scheduler.core import Job, JobState, KvOpKind, KvState
 from fastserve.scheduler.core.enst import next_scheduled
@@ -114,9 +116,39 @@ def test_a_copy_that_waited_for_others_counts_with_what_it_took_itself() -> None
     assert channel.block_s == pytest.approx(0.010, rel=0.1)
     assert channel.usual == pytest.approx(15, rel=0.1)
     channel.pending = 7
-    assert channel.seconds(3) == pytest.approx(10 * channel.block_s)
+    assert channel.seconds(3) == pytest.approx(10 * channel.block_s + channel.fixed_s)
     channel.end(began=9.0, seconds=0.0, blocks=7)  # nothing was copied: it says nothing
     assert channel.pending == 0 and channel.block_s == pytest.approx(0.010, rel=0.1)
+
+
+def test_a_copy_takes_some_time_whatever_its_size() -> None:
+    channel = Transfers()
+    for number in range(30):
+        blocks = 1 + number % 7
+        channel.pending += blocks
+        channel.end(float(number), 0.008 + blocks * 0.0005, blocks)
+    assert channel.block_s == pytest.approx(0.0005)
+    assert channel.fixed_s == pytest.approx(0.008)
+    assert channel.seconds(100) == pytest.approx(0.058)
+    assert channel.most(0.007) == 0 and channel.most(0.0131) == 10
+    for number in range(30, 230):  # all of one size: their mean is all that can be said
+        channel.pending += 4
+        channel.end(float(number), 0.010, 4)
+    assert channel.seconds(4) == pytest.approx(0.010)
+    assert channel.block_s == pytest.approx(0.0025)
+    assert channel.fixed_s == pytest.approx(0, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.floats(1e-6, 10.0)), min_size=1, max_size=60))
+def test_what_was_usual_is_expected_again(copies: list[tuple[int, float]]) -> None:
+    channel = Transfers()
+    for number, (blocks, seconds) in enumerate(copies):
+        channel.pending += blocks
+        channel.end(100.0 * number, seconds, blocks)
+    assert channel.block_s > 0 and channel.fixed_s >= 0
+    mean = channel._seconds / channel._copies
+    assert channel.seconds(channel.usual) == pytest.approx(mean, rel=1e-6)
+    assert channel.seconds(channel.usual + 10) > mean
 
 
 def test_newcomers_count_by_their_rate_which_fades() -> None:
@@ -266,14 +298,13 @@ def test_a_host_that_refuses_a_copy_changes_nothing() -> None:
 
 def test_copying_ahead_keeps_its_pace_as_long_as_iterations_do() -> None:
     pace = Pace()
-    assert pace.blocks(0.0, 1.0) == 1  # one, to see how long it takes
-    assert pace.blocks(0.001, 1.0) == 20  # 2 % of a second
-    assert pace.blocks(0.001, 1.01) == 0  # 10 ms later it would be a fifth of a block
-    assert pace.blocks(0.001, 1.10) == 2
-    pace.copies = 1
+    assert pace.budget_s(1.0) == pytest.approx(0.02)  # 2 % of a second
+    pace.begin(1, 1.0)
+    assert pace.budget_s(1.1) == pytest.approx(0.002)
+    assert pace.budget_s(1e6) == pytest.approx(0.08)  # what was saved up is not spent at once
     for _ in range(500):
         pace.observe(0.0101, 0.010)  # 1 % slower than without
-    assert pace.share == 1.0
+    assert pace.share == 0.25  # some iterations without copies are left to compare with
     for _ in range(500):
         pace.observe(0.0105, 0.010)
     assert pace.share == 0.02
@@ -283,7 +314,7 @@ def test_copying_ahead_keeps_its_pace_as_long_as_iterations_do() -> None:
     pace.copies = 1
     for _ in range(500):
         pace.observe(0.0105, 0.010)
-    assert pace.share == 1.0
+    assert pace.share == 0.25
 
 
 def leaving(block_s: float) -> list[KvOpKind]:

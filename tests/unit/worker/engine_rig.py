@@ -370,7 +370,7 @@ class Rig:
         return done
 
     def idle(self) -> Iteration | None:
-        report = self.engine.idle_report()
+        report = self.engine.ended_report()
         return self._take(report) if report is not None else None
 
     def _take(self, iteration: Iteration) -> Iteration:

@@ -39,7 +39,7 @@ def test_the_lease_ends_and_state_is_kept() -> None:
     job = rig.job(range(6))
     rig.run([job], 3)
     assert not rig.engine.runnable
-    assert rig.engine.idle_report() is None
+    assert rig.engine.ended_report() is None
     rig.run([job], 4)
     assert len(rig.output[job]) == 6
     rig.check_output()

@@ -311,7 +311,7 @@ def test_a_reset_forgets_results_and_queued_operations() -> None:
     rig.plan(ops=[(OFFLOAD, job), (UPLOAD, job)])
     rig.mover.end_all()
     rig.engine.reset(rig.plan_id, rig.mover.inventory)
-    assert rig.engine.idle_report() is None
+    assert rig.engine.ended_report() is None
     rig.resend(job)
     rig.run([job], 3)
     rig.check_output()

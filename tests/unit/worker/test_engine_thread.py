@@ -21,7 +21,7 @@ class _Broken:
     def step(self) -> Iteration:
         raise RuntimeError("a bug")
 
-    def idle_report(self) -> Iteration | None:
+    def ended_report(self) -> Iteration | None:
         return None
 
 
@@ -60,8 +60,28 @@ class _Leased:
         self.runnable = False
         return Iteration(1, 1)
 
-    def idle_report(self) -> Iteration | None:
+    def ended_report(self) -> Iteration | None:
         return None
+
+
+class _Ending(_Leased):
+    """A KV operation has ended when its iteration begins."""
+
+    ended = True
+
+    def ended_report(self) -> Iteration | None:
+        report, self.ended = (Iteration(1) if self.ended else None), False
+        return report
+
+
+async def test_what_ended_is_told_before_the_next_iteration_runs() -> None:
+    thread = EngineThread(asyncio.get_running_loop())
+    engine, seen = _Ending(), list[Iteration]()
+    thread.start(cast(Engine, engine), seen.append)
+    thread.post(lambda _: engine.plan())
+    await eventually(lambda: len(seen) == 2)
+    await thread.stop()
+    assert [report.iteration for report in seen] == [0, 1]
 
 
 async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:
@@ -76,8 +96,7 @@ async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 2)
     # A plan without rows, or a scheduler that is gone: there is nothing to wait for.
-    thread.post(lambda _: engine.plan(rows=False))
-    await asyncio.sleep(0.05)
+    await thread.ask(lambda _: engine.plan(rows=False))
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 3)
     await thread.stop()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn, cast
+from typing import Final, cast
 
 import typer
 from rich import box
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from fastserve.bench import options as read
 from fastserve.bench.arrivals import ArrivalKind, Arrivals, LoadError, check_rate
+from fastserve.bench.output import end, make_folder
 from fastserve.bench.report import seconds, table
 from fastserve.bench.sim.types import SimOptions
 from fastserve.bench.sweep import (
@@ -32,12 +32,11 @@ from fastserve.bench.sweep import (
     sweep,
     write_csv,
 )
-from fastserve.bench.workloads import Trace, check_workload, read_trace
+from fastserve.bench.workloads import Trace
 from fastserve.scheduler.core import SchedulerConfig
 
 DEFAULT_JOBS: Final = 4000
 DEFAULT_RATE: Final = 2.0
-DEFAULT_WORKLOAD: Final = "sharegpt"
 _FILE_WIDTH: Final = 120  # columns of a table that goes to no terminal
 _SUMMARY: Final = {
     "per token": ("per_token_s", "mean"),
@@ -88,15 +87,15 @@ def run(asked: Asked) -> None:
         if asked.slo is not None and not 0 < asked.slo < float("inf"):
             raise ValueError(f"--slo must be greater than 0, not {asked.slo:g}")
         if asked.out is not None:
-            _make_folder(asked.out)
+            make_folder(asked.out)
     except ValueError as error:
-        _end(str(error), 2)
+        end(str(error), 2)
     try:
         reports = _run_all(runs, asked.processes)
     except LoadError as error:
-        _end(str(error), 2)
+        end(str(error), 2)
     except SimulationError as error:
-        _end(str(error), 1)
+        end(str(error), 1)
     if asked.as_json:
         for found in reports:
             typer.echo(json.dumps(found, allow_nan=False))
@@ -107,15 +106,10 @@ def run(asked: Asked) -> None:
         _write(asked.out, runs, reports, asked.slo)
 
 
-def _end(message: str, status: int) -> NoReturn:
-    typer.secho(message, err=True, fg="red")
-    raise typer.Exit(status)
-
-
 def plan_runs(asked: Asked) -> list[Run]:
     """All combinations of rates, policies and seeds. Raises ValueError with one sentence."""
     arrivals = Arrivals(cast(ArrivalKind, asked.arrivals), asked.cv)
-    workload = _workload(asked)
+    workload = read.workload(asked.workload, asked.trace, asked.arrivals)
     given = read.rates(asked.rates)
     for rate in given:
         check_rate(rate)
@@ -140,19 +134,6 @@ def plan_runs(asked: Asked) -> list[Run]:
         for rate in rates
         for seed in asked.seeds
     ]
-
-
-def _workload(asked: Asked) -> str | Trace:
-    recorded = asked.arrivals == "trace"
-    if asked.trace is not None:
-        if asked.workload is not None:
-            raise ValueError("--workload and --trace exclude each other")
-        return read_trace(asked.trace, arrivals=recorded)
-    if recorded:
-        raise ValueError("--arrivals trace needs --trace FILE.csv")
-    workload = asked.workload or DEFAULT_WORKLOAD
-    check_workload(workload)
-    return workload
 
 
 def _options(asked: Asked, policy: str) -> SimOptions:
@@ -180,15 +161,6 @@ def _options(asked: Asked, policy: str) -> SimOptions:
             scheduler=scheduler,
         )
     )
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: {folder} cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out: {folder} cannot be written to")
 
 
 def _run_all(runs: Sequence[Run], processes: int) -> list[Report]:

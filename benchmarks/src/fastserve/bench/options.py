@@ -1,4 +1,4 @@
-"""From what was typed to what is simulated. Errors are ValueErrors of one sentence."""
+"""From what was typed to what is simulated or sent. Errors are ValueErrors of one sentence."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any, Final
 
 from fastserve.bench.sim.hardware import OPT_13B, Hardware, load_hardware
 from fastserve.bench.sim.types import SimOptions
+from fastserve.bench.workloads import Trace, check_workload, read_trace
 from fastserve.scheduler.core import KvStrategy, SchedulerConfig, UnknownPolicyError
 from fastserve.scheduler.core.policies import policy_named
 
+DEFAULT_WORKLOAD: Final = "sharegpt"
 UNLIMITED: Final = "unlimited"
 HOST_KV_FACTOR: Final = 10  # host KV memory per device KV memory, where nothing is said
 # Fields of SchedulerConfig that the simulator sets itself.
@@ -24,6 +26,20 @@ _OWN: Final = {field.name for field in dataclasses.fields(SimOptions)} | {"max_q
 def listed(values: Sequence[str]) -> list[str]:
     """Values given several times, or once with commas between them."""
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def workload(name: str | None, trace: Path | None, arrivals: str) -> str | Trace:
+    """A recorded trace, or the name of a workload."""
+    recorded = arrivals == "trace"
+    if trace is not None:
+        if name is not None:
+            raise ValueError("--workload and --trace exclude each other")
+        return read_trace(trace, arrivals=recorded)
+    if recorded:
+        raise ValueError("--arrivals trace needs --trace FILE.csv")
+    name = name or DEFAULT_WORKLOAD
+    check_workload(name)
+    return name
 
 
 def rates(values: Sequence[str]) -> list[float]:

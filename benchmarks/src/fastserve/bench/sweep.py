@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from fastserve.bench.arrivals import Arrivals, mean_rate
+from fastserve.bench.output import write_rows
 from fastserve.bench.report import report
 from fastserve.bench.sim.engine import StuckError, simulate
 from fastserve.bench.sim.types import SimOptions
@@ -140,11 +140,7 @@ def _end_with(sentinel: int) -> None:
 
 def write_csv(path: Path, runs: Sequence[Run], reports: Iterable[Report]) -> None:
     """One row per run: its options, then its report; `per_token_s_p95` and the like in seconds."""
-    rows = [_flat(run, found) for run, found in zip(runs, reports, strict=True)]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, [_flat(run, found) for run, found in zip(runs, reports, strict=True)])
 
 
 def _flat(run: Run, found: Report) -> dict[str, Any]:

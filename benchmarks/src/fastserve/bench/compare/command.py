@@ -21,8 +21,8 @@ from fastserve.bench.arrivals import Arrivals, LoadError, check_rate
 from fastserve.bench.compare import contenders as those
 from fastserve.bench.compare.contenders import Contender, Missing, Needs
 from fastserve.bench.compare.show import table
-from fastserve.bench.load.command import end, progress, raise_file_limit, stop_on_signals
-from fastserve.bench.load.files import make_folder, write_csv
+from fastserve.bench.load.command import progress, raise_file_limit, stop_on_signals
+from fastserve.bench.load.files import write_csv
 from fastserve.bench.load.http import Address, HttpClient
 from fastserve.bench.load.options import concurrencies
 from fastserve.bench.load.plan import Lengths, fit, made
@@ -33,6 +33,7 @@ from fastserve.bench.load.target import Asking, Target
 from fastserve.bench.load.types import LoadRequest
 from fastserve.bench.options import listed
 from fastserve.bench.options import rates as read_rates
+from fastserve.bench.output import end, make_folder
 from fastserve.bench.processes import ServerProcess, StartError, free_port, model_folder, server
 from fastserve.bench.workloads import generate
 

@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Final, NoReturn
+from typing import Final
 
 import numpy as np
 import typer
@@ -19,13 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastserve.bench.arrivals import LoadError, mean_rate
 from fastserve.bench.load import show
-from fastserve.bench.load.files import make_folder, write_csv
+from fastserve.bench.load.files import write_csv
 from fastserve.bench.load.http import Address, HttpClient, RequestError
 from fastserve.bench.load.options import Asked, Level, Load, check, maker_of, requests_of
 from fastserve.bench.load.prompts import PromptMaker
 from fastserve.bench.load.report import Report, report, warnings
 from fastserve.bench.load.run import Runner
 from fastserve.bench.load.target import Target
+from fastserve.bench.output import end, make_folder
 
 _FILE_WIDTH: Final = 140  # columns of a table that goes to no terminal
 _INTERRUPTED: Final = 130
@@ -62,11 +63,6 @@ def run(asked: Asked) -> None:
         raise typer.Exit(_INTERRUPTED)
     if all(found["failed"] == found["requests"] for found in reports):
         raise typer.Exit(1)
-
-
-def end(message: str, status: int) -> NoReturn:
-    typer.secho(message, err=True, fg="red")
-    raise typer.Exit(status)
 
 
 def raise_file_limit() -> None:

@@ -15,11 +15,10 @@ from fastserve.bench.load.prompts import FilePrompt, PromptMaker, prompt_maker, 
 from fastserve.bench.load.report import Slo
 from fastserve.bench.load.target import ENDPOINTS, Asking, Target
 from fastserve.bench.load.types import LoadRequest
-from fastserve.bench.options import listed
+from fastserve.bench.options import listed, workload
 from fastserve.bench.options import rates as read_rates
-from fastserve.bench.workloads import Trace, check_workload, generate, read_trace
+from fastserve.bench.workloads import Trace, generate
 
-DEFAULT_WORKLOAD: Final = "sharegpt"
 DEFAULT_REQUESTS: Final = 200
 DEFAULT_RATE: Final = 1.0
 FILE_OUTPUT_TOKENS: Final = 128  # of a prompt whose line does not say
@@ -104,14 +103,14 @@ def check(asked: Asked) -> Load:
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be greater than 0, not {value:g}")
     arrivals = Arrivals(_kind(asked.arrivals), asked.cv)
-    workload = _workload(asked)
-    recorded = isinstance(workload, Trace) and arrivals.kind == "trace"
+    lengths = _workload(asked)
+    recorded = isinstance(lengths, Trace) and arrivals.kind == "trace"
     return Load(
-        workload=workload,
+        workload=lengths,
         prompts=None if asked.prompts is None else read_prompts(asked.prompts),
         arrivals=arrivals,
         levels=_levels(asked),
-        requests=asked.requests or (len(workload) if recorded else DEFAULT_REQUESTS),
+        requests=asked.requests or (len(lengths) if recorded else DEFAULT_REQUESTS),
         lengths=Lengths(asked.prompt_tokens, asked.output_tokens),
         headers=_headers(asked),
         asking=Asking(
@@ -131,20 +130,11 @@ def _kind(text: str) -> ArrivalKind:
 
 
 def _workload(asked: Asked) -> str | Trace:
-    recorded = asked.arrivals == "trace"
     if asked.prompts is not None and (
         asked.workload is not None or asked.prompt_tokens is not None
     ):
         raise ValueError("--prompts gives the prompts: leave out --workload and --prompt-tokens")
-    if asked.trace is not None:
-        if asked.workload is not None:
-            raise ValueError("--workload and --trace exclude each other")
-        return read_trace(asked.trace, arrivals=recorded)
-    if recorded:
-        raise ValueError("--arrivals trace needs --trace FILE.csv")
-    workload = asked.workload or DEFAULT_WORKLOAD
-    check_workload(workload)
-    return workload
+    return workload(asked.workload, asked.trace, asked.arrivals)
 
 
 def _levels(asked: Asked) -> list[Level]:

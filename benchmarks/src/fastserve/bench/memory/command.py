@@ -15,13 +15,14 @@ import uvloop
 from rich.console import Console
 
 from fastserve.bench.arrivals import LoadError
-from fastserve.bench.load.command import end, raise_file_limit, stop_on_signals
-from fastserve.bench.load.files import make_folder, write_csv
+from fastserve.bench.load.command import raise_file_limit, stop_on_signals
+from fastserve.bench.load.files import write_csv
 from fastserve.bench.load.report import Report, warnings
 from fastserve.bench.memory.measure import Load, blocks_for, mean_tokens, run_all
 from fastserve.bench.memory.show import table
 from fastserve.bench.memory.stacks import Sizes, Variant, variants
 from fastserve.bench.options import HOST_KV_FACTOR, listed
+from fastserve.bench.output import end, make_folder
 from fastserve.bench.processes import StartError, model_folder
 from fastserve.bench.workloads import check_workload
 

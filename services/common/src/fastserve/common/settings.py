@@ -90,8 +90,6 @@ def load_settings(
     file = _config_file(arguments)
     aliases = settings_cls.flag_aliases
 
-    aliases = settings_cls.flag_aliases
-
     class Sources(settings_cls):  # type: ignore[misc, valid-type]
         @classmethod
         def settings_customise_sources(

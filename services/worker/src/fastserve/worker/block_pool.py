@@ -129,6 +129,11 @@ class BlockPool:
 
     # --- copies to the host ------------------------------------------------------------------
 
+    @property
+    def unsaved(self) -> int:
+        """Blocks whose content the host may lack."""
+        return len(self._unsaved)
+
     def begin_save(self, most: int, saved: Container[bytes]) -> list[int]:
         """At most so many unsaved blocks, the oldest first, of which a copy begins; without those
         whose keys are among `saved`."""

@@ -253,8 +253,8 @@ class Engine:
         result.seconds = time.perf_counter() - clock
         return result
 
-    def idle_report(self) -> Iteration | None:
-        """What ended while nothing ran, if anything did."""
+    def ended_report(self) -> Iteration | None:
+        """What ended since the last iteration, if anything did."""
         result = Iteration(self._plan_id)
         self._collect(result)
         return result if result.ops or result.failed else None

@@ -89,6 +89,9 @@ class EngineThread:
             try:
                 action = self._inbox.get(block=not engine.runnable)
             except queue.Empty:
+                # Not with the iteration that begins: the next plan, which counts on it, would come
+                # that much later.
+                self._emit_ended(engine)
                 began = time.perf_counter()
                 iteration = engine.step()
                 if left_at is not None:
@@ -102,9 +105,12 @@ class EngineThread:
             if not engine.has_rows:
                 left_at = None  # nothing to do is no overhead
             if not engine.runnable:
-                idle = engine.idle_report()
-                if idle is not None:
-                    self._emit(idle)
+                self._emit_ended(engine)
+
+    def _emit_ended(self, engine: Engine) -> None:
+        ended = engine.ended_report()
+        if ended is not None:
+            self._emit(ended)
 
     def _emit(self, iteration: Iteration) -> None:
         self._loop.call_soon_threadsafe(self._report, iteration)

@@ -73,14 +73,19 @@ def write_through(draft: Draft) -> None:
     if not pace.counts or group.outward.pending:
         return
     missing = [job for job in group.resident if job.op is None and group.full_to_store(job) > 0]
-    left = min(pace.blocks(group.outward.block_s, draft.now), group.host_free) if missing else 0
-    while left > 0 and missing:
+    link, budget_s, copies = group.outward, pace.budget_s(draft.now), 0
+    while missing:
         job = max(missing, key=lambda job: (draft.next_at(job), draft.place(job)))
         missing.remove(job)
-        blocks = min(left, group.full_to_store(job))
+        blocks = min(link.most(budget_s), group.host_free, group.full_to_store(job))
+        if blocks < 1:
+            break
+        # As long as nothing is known of copies, one shows it.
+        budget_s -= link.fixed_s + blocks * link.block_s or budget_s
         draft.copy_out(job, blocks)
-        pace.copies += 1
-        left -= blocks
+        copies += 1
+    if copies:
+        pace.begin(copies, draft.now)
 
 
 def _full_soon(draft: Draft) -> bool:
@@ -265,7 +270,7 @@ def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
         return False
     compute_s = group.cost.more(victim.host_tokens, tokens) * len(group.queue)
     blocks = group.to_store(victim)
-    copy_s = group.outward.seconds(blocks) + blocks * group.inward.block_s
+    copy_s = group.outward.seconds(blocks) + group.inward.fixed_s + blocks * group.inward.block_s
     if gainer is not None:
         copy_s += 2 * group.cost.decode_s  # see `_upload_s`
     if compute_s >= copy_s:

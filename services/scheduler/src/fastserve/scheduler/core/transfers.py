@@ -8,17 +8,25 @@ from typing import Final
 
 # Iterations may get so much slower by copies that nobody waits for.
 _SLOWER: Final = 0.02
+# Copies that nobody waits for take at most this share of the time, so that iterations without any
+# are always there to compare with.
+_LARGEST_SHARE: Final = 0.25
+_SAVED_S: Final = 4.0
 # Weight of the newest iteration in the means of `Pace`, and what one of them changes.
 _NEWEST: Final = 0.02
 _STEP: Final = 1.02
 # Weight of the past per copy, and how long a newcomer is remembered.
-_FORGET: Final = 0.9
+_FORGET: Final = 0.95
 _MEMORY_S: Final = 10.0
 
 
 @dataclass(slots=True)
 class Transfers:
     """Copies in one direction, which go through it one after the other.
+
+    A copy takes some time whatever its size, and more for each block: the line through those that
+    were seen, by least squares, the newest counting most. Copies of one size say nothing of the
+    first part, which is taken to be nothing then.
 
     pending: blocks of those under way.
     """
@@ -27,12 +35,28 @@ class Transfers:
     _copies: float = 0.0
     _blocks: float = 0.0
     _seconds: float = 0.0
+    _squares: float = 0.0  # of the blocks
+    _products: float = 0.0  # of blocks and seconds
     _busy_until: float = 0.0  # the last copy ended then
 
     @property
     def block_s(self) -> float:
-        """Measured seconds per block; 0 until the first copy has ended."""
-        return self._seconds / self._blocks if self._blocks else 0.0
+        """Measured seconds that one block more takes; 0 until the first copy has ended."""
+        if not self._blocks:
+            return 0.0
+        mean = self._seconds / self._blocks
+        spread = self._copies * self._squares - self._blocks * self._blocks
+        if spread <= 0.01 * self._copies * self._squares:
+            return mean
+        slope = (self._copies * self._products - self._blocks * self._seconds) / spread
+        return min(max(slope, 0.1 * mean), mean)
+
+    @property
+    def fixed_s(self) -> float:
+        """Measured seconds that a copy takes beside those of its blocks."""
+        if not self._copies:
+            return 0.0
+        return max(0.0, self._seconds - self.block_s * self._blocks) / self._copies
 
     @property
     def usual(self) -> float:
@@ -41,7 +65,13 @@ class Transfers:
 
     def seconds(self, blocks: float) -> float:
         """Until so many blocks more are over, those under way included."""
-        return (self.pending + blocks) * self.block_s
+        return self.fixed_s + (self.pending + blocks) * self.block_s
+
+    def most(self, seconds: float) -> int:
+        """Blocks of a copy that takes so long at most; 1 as long as nothing is known."""
+        if not self.block_s:
+            return 1 if seconds > 0 else 0
+        return max(0, int((seconds - self.fixed_s) / self.block_s))
 
     def end(self, began: float, seconds: float, blocks: int) -> None:
         """A copy of so many blocks ended, `seconds` after it was asked for; 0: nothing was copied.
@@ -57,6 +87,8 @@ class Transfers:
         self._copies = _FORGET * self._copies + 1
         self._blocks = _FORGET * self._blocks + blocks
         self._seconds = _FORGET * self._seconds + took
+        self._squares = _FORGET * self._squares + blocks * blocks
+        self._products = _FORGET * self._products + blocks * took
 
 
 @dataclass(slots=True)
@@ -122,16 +154,14 @@ class Pace:
             return
         self._with += _NEWEST * (ratio - self._with)
         step = _STEP if self._with <= (1 + _SLOWER) * self._without else 1 / _STEP
-        self.share = min(1.0, max(_SLOWER, self.share * step))
+        self.share = min(_LARGEST_SHARE, max(_SLOWER, self.share * step))
 
-    def blocks(self, block_s: float, now: float) -> int:
-        """That may be copied now, `block_s` seconds each: for the time since this was last asked.
+    def budget_s(self, now: float) -> float:
+        """Seconds that copies may take which begin now: the share of the time since the last ones
+        began, of some seconds at the most."""
+        return self.share * min(now - self._since, _SAVED_S)
 
-        0 is asked for again later, with the time since then.
-        """
-        if not block_s:  # how long a block takes is not known yet
-            return 1
-        blocks = int(self.share * min(now - self._since, 1.0) / block_s)
-        if blocks:
-            self._since = now
-        return blocks
+    def begin(self, copies: int, now: float) -> None:
+        """So many copies begin now."""
+        self.copies += copies
+        self._since = now

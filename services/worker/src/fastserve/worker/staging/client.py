@@ -84,6 +84,7 @@ class KvStaging:
         self.layout = layout
         self.peers: list[str] = []  # where sidecars of other groups reach ours, if they can
         self.cached_blocks = 0  # of the prefix cache in the pool, after the last save
+        self._ending: set[asyncio.Task[None]] = set()  # of reads, whose bytes have come
         self._written: tuple[list[int], list[int]] = ([], [])  # slots to be kept, checksums
 
     async def attach(self, timeout: float = _TIMEOUT_S) -> None:
@@ -238,8 +239,13 @@ class KvStaging:
             if await call.code() in _LOST:
                 raise HostCopyLost(await call.details()) from error
             raise self._lost(error) from error
-        finally:
+        except BaseException:
             call.cancel()
+            raise
+        # Nobody waits for the sidecar to hear of it: until then the blocks stay where they are.
+        ending = asyncio.create_task(_end(call))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
         return Copied(tokens, done * self._block_bytes, time.perf_counter() - started)
 
     async def _pieces(
@@ -270,7 +276,6 @@ class KvStaging:
             tokens += sum(piece.valid_tokens)
             if what.keys:
                 break  # there is one piece of the cache
-        await _ended(call)
         return done, tokens
 
     async def release(self, job_ids: Sequence[str]) -> None:
@@ -282,6 +287,8 @@ class KvStaging:
     async def close(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
+        if self._ending:
+            await asyncio.wait(self._ending)
         if self._pool is not None:
             with contextlib.suppress(StagingError):
                 await self._call(self._stub.Detach, pb.DetachRequest(**self._who()))
@@ -327,6 +334,13 @@ class KvStaging:
                 reply = await self._call(self._stub.Renew, pb.RenewRequest(**self._who()))
                 self.free_host_blocks = reply.free_blocks
             await asyncio.sleep(interval)
+
+
+async def _end(call: Read) -> None:
+    """End a call whose bytes have all been copied, whatever becomes of it."""
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+        await _ended(call)
+    call.cancel()
 
 
 async def _ended(call: Read) -> None:
