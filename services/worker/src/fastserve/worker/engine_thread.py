@@ -134,6 +134,7 @@ class StagingMover:
         self._thread, self._loop = thread, loop
         self._tasks: set[asyncio.Task[None]] = set()
         self._exports: set[asyncio.Task[Copied]] = set()
+        self._may_send = False
         self._metrics = metrics
         self.staging = staging
 
@@ -190,10 +191,12 @@ class StagingMover:
     def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
         self._begin(lambda: self._export(job_id, blocks, to), done)
 
-    def stop_exports(self) -> None:
-        """Whoever asked for them is gone, and would not hear that they arrived."""
-        for sending in self._exports:
-            sending.cancel()
+    def allow_exports(self, allowed: bool) -> None:
+        """Without a scheduler nothing is sent: nobody would hear that it arrived."""
+        self._may_send = allowed
+        if not allowed:
+            for sending in self._exports:
+                sending.cancel()
 
     async def _export(
         self, job_id: str, blocks: Sequence[BlockRef], to: Place
@@ -207,6 +210,8 @@ class StagingMover:
             )
             if status is not OpStatus.OK:
                 return status, stored
+        if not self._may_send:
+            return OpStatus.NOT_SENT, replace(stored, bytes=0)
         sending = self._loop.create_task(self.staging.export(job_id, to))
         self._exports.add(sending)
         sending.add_done_callback(self._exports.discard)

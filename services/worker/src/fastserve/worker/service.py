@@ -115,6 +115,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
                     grpc.StatusCode.FAILED_PRECONDITION, "a newer stream was opened"
                 )
             self._outgoing, self._plan_id = outgoing, plan.plan_id
+            self._mover.allow_exports(True)
             outgoing.put_nowait(inventory)
             reader = asyncio.create_task(self._read(request_iterator, outgoing, plan))
             try:
@@ -125,7 +126,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
             finally:
                 self._outgoing = None
                 self._thread.post(Engine.detach)
-                self._mover.stop_exports()
+                self._mover.allow_exports(False)
                 reader.cancel()
                 with contextlib.suppress(asyncio.CancelledError, BadPlan, grpc.RpcError):
                     await reader
