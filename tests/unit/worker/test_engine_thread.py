@@ -88,16 +88,24 @@ async def test_what_ended_is_told_before_the_next_iteration_runs() -> None:
     assert [report.iteration for report in seen] == [0, 1]
 
 
+class _Long(_Leased):
+    """Its iteration lasts until it may end."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def step(self) -> Iteration:
+        self.begun.set()
+        self.may_end.wait(10)
+        return super().step()
+
+
 async def test_a_copy_that_ends_is_told_at_once_and_counts_before_the_plan_that_follows() -> None:
     thread = EngineThread(asyncio.get_running_loop())
-    order, told = list[str](), list[OpResult]()
-    go_on = threading.Event()
-    thread.start(cast(Engine, _Leased()), lambda _: None, told.append)
-
-    def iteration(_: Engine) -> None:
-        go_on.wait(10)
-
-    thread.post(iteration)
+    engine, order, told = _Long(), list[str](), list[OpResult]()
+    thread.start(cast(Engine, engine), lambda _: None, told.append)
+    thread.post(lambda _: engine.plan())
+    await eventually(engine.begun.is_set)
     end = CopyEnd(
         lambda status, copied: order.append("ended"),
         lambda status, copied: OpResult(7, status, 16, copied.bytes, copied.seconds),
@@ -105,10 +113,12 @@ async def test_a_copy_that_ends_is_told_at_once_and_counts_before_the_plan_that_
     thread.ended(end, OpStatus.OK, Copied(16, 4096, 0.5))
     assert told == [OpResult(7, OpStatus.OK, 16, 4096, 0.5)] and not order
     thread.post(lambda _: order.append("planned"))
-    go_on.set()
-    await eventually(lambda: len(order) == 2)
+    engine.may_end.set()
+    await eventually(lambda: order == ["ended", "planned"])
+    thread.ended(end, OpStatus.OK, Copied(16, 4096, 0.5))  # nothing runs: `run` sees to it
+    await eventually(lambda: order == ["ended", "planned", "ended"])
     await thread.stop()
-    assert order == ["ended", "planned"]
+    assert len(told) == 1
 
 
 async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:

@@ -45,6 +45,7 @@ class EngineThread:
         self._loop = loop
         self._report: Report = lambda _: None
         self._report_end: ReportEnd = lambda _: None
+        self._iterating = False
         self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.failure: asyncio.Future[None] = loop.create_future()  # the bug that ended the thread
@@ -65,9 +66,10 @@ class EngineThread:
 
     def ended(self, copy: CopyEnd, status: OpStatus, copied: Copied) -> None:
         """A copy is over. Called on the event loop."""
+        early = copy.result(status, copied) if self._iterating and copy.result else None
         self.post(lambda _: copy.run(status, copied))
-        if copy.result is not None:
-            self._report_end(copy.result(status, copied))
+        if early is not None:
+            self._report_end(early)
 
     async def ask(self, question: Callable[[Engine], Any]) -> Any:
         """Like `post`, and wait for the result."""
@@ -102,7 +104,9 @@ class EngineThread:
                 # that much later.
                 self._emit_ended(engine)
                 began = time.perf_counter()
+                self._iterating = True
                 iteration = engine.step()
+                self._iterating = False
                 if left_at is not None:
                     iteration.control_seconds = began - left_at
                 left_at = time.perf_counter() if engine.has_rows else None
