@@ -53,6 +53,7 @@ class Asked:
     vllm: Path | None
     llama_server: Path | None
     llama_types: Sequence[str]
+    openvino: Path | None
     transformers: Path | None
     only: Sequence[str]
     concurrency: Sequence[str]
@@ -134,6 +135,9 @@ def _contenders(
         ],
         "vllm": lambda: [those.vllm(needs, asked.vllm)],
         "llama.cpp": lambda: those.llama_cpp(needs, asked.llama_server, types, scratch),
+        "openvino": lambda: those.openvino(
+            needs, asked.openvino, types, asked.llama_server, scratch
+        ),
         "transformers": lambda: [those.transformers(needs, asked.transformers)],
     }
     wanted = listed(asked.only) or list(all_of_them)

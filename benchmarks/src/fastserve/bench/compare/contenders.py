@@ -105,24 +105,13 @@ def llama_cpp(
         return [Missing("llama.cpp", "not installed: --llama-server PATH names its executable")]
     if needs.gguf is None:
         return [Missing("llama.cpp", "needs the weights as a GGUF file: --gguf FILE")]
-    found: list[Contender | Missing] = [_llama(needs, program, needs.gguf, _type_of(needs.gguf))]
-    quantize = program.with_name("llama-quantize")
-    for kind in types:
-        if kind == _type_of(needs.gguf):
-            continue
-        if not quantize.is_file():
-            found.append(Missing(f"llama.cpp {kind}", f"there is no {quantize.name} beside it"))
-            continue
-        file = scratch / f"{needs.gguf.stem}.{kind}.gguf"
-        words = [str(quantize), "--allow-requantize", str(needs.gguf), str(file), kind]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            why = f"{quantize.name} failed: {''.join(last)}"
-            found.append(Missing(f"llama.cpp {kind}", why))
-        else:
-            found.append(_llama(needs, program, file, kind))
-    return found
+    files = _files(needs.gguf, types, program.with_name("llama-quantize"), scratch)
+    return [
+        Missing(f"llama.cpp {kind}", file)
+        if isinstance(file, str)
+        else _llama(needs, program, file, kind)
+        for kind, file in files.items()
+    ]
 
 
 def _llama(needs: Needs, program: Path, file: Path, kind: str) -> Contender:
@@ -131,6 +120,57 @@ def _llama(needs: Needs, program: Path, file: Path, kind: str) -> Contender:
     argv += ["-t", str(needs.cores), "-np", str(needs.streams)]
     argv += ["-c", str(per_stream * needs.streams)]
     return Contender(f"llama.cpp {kind}", kind, "compared", argv)
+
+
+def openvino(
+    needs: Needs, place: Path | None, types: Sequence[str], quantize: Path | None, scratch: Path
+) -> list[Contender | Missing]:
+    """OpenVINO GenAI behind our openvino_server.py, with the same files as llama.cpp.
+
+    quantize: llama.cpp's server or its llama-quantize, which makes the files.
+    """
+    python = _program("python", place) if place is not None else None
+    if python is None or not _found(
+        python.parent.parent, "lib/python3*/site-packages/openvino_genai"
+    ):
+        return [Missing("OpenVINO", "not installed: --openvino PATH names its environment")]
+    if needs.gguf is None:
+        return [Missing("OpenVINO", "needs the weights as a GGUF file: --gguf FILE")]
+    beside = _program("llama-server", quantize)
+    maker = beside.with_name("llama-quantize") if beside is not None else None
+    server = str(Path(__file__).with_name("openvino_server.py"))
+    return [
+        Missing(f"OpenVINO {kind}", file)
+        if isinstance(file, str)
+        else Contender(
+            f"OpenVINO {kind}",
+            kind,
+            "compared",
+            [str(python), server, str(file), "{port}", str(needs.streams)],
+        )
+        for kind, file in _files(needs.gguf, types, maker, scratch).items()
+    ]
+
+
+def _files(
+    gguf: Path, types: Sequence[str], quantize: Path | None, scratch: Path
+) -> dict[str, Path | str]:
+    """The weights as they are and quantised to `types`, by type; or why there is no file."""
+    files: dict[str, Path | str] = {_type_of(gguf): gguf}
+    for kind in types:
+        if kind in files:
+            continue
+        file = scratch / f"{gguf.stem}.{kind}.gguf"
+        if file.is_file():
+            files[kind] = file
+        elif quantize is None or not quantize.is_file():
+            files[kind] = "there is no llama-quantize beside llama.cpp's server"
+        else:
+            words = [str(quantize), "--allow-requantize", str(gguf), str(file), kind]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            files[kind] = f"llama-quantize failed: {''.join(last)}" if done.returncode else file
+    return files
 
 
 def transformers(needs: Needs, place: Path | None) -> Contender | Missing:

@@ -63,6 +63,14 @@ def compare(
             rich_help_panel=WHO,
         ),
     ] = None,
+    openvino: Annotated[
+        Path | None,
+        typer.Option(
+            help="Environment of OpenVINO GenAI, which gets the files that llama.cpp gets.",
+            show_default=False,
+            rich_help_panel=WHO,
+        ),
+    ] = None,
     transformers: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +82,7 @@ def compare(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of fastserve,vllm,llama.cpp,transformers, in this order (default: all).",
+            help="Of fastserve,vllm,llama.cpp,openvino,transformers, in this order (default: all).",
             show_default=False,
             rich_help_panel=WHO,
         ),
@@ -129,8 +137,8 @@ def compare(
 ) -> None:
     """Measure FastServe and other servers one after the other: same weights, same requests.
 
-    Starts FastServe, vLLM, llama.cpp's server and `transformers serve`, each with the settings that
-    it is fastest with on this machine, and skips what is not installed. Examples:
+    Starts FastServe, vLLM, llama.cpp's server, OpenVINO GenAI and `transformers serve`, each with
+    the settings that it is fastest with on this machine, and skips what is not installed. Examples:
 
         fastserve bench compare --llama-server ~/llama.cpp/build/bin/llama-server
 
@@ -150,6 +158,7 @@ def compare(
             vllm=vllm,
             llama_server=llama_server,
             llama_types=[kind for kind in (llama_types or ["Q8_0"]) if kind != "none"],
+            openvino=openvino,
             transformers=transformers,
             only=only or [],
             concurrency=concurrency or ([] if rate else ["1,8,32"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from functools import partial
 from typing import Any
 
@@ -180,6 +181,8 @@ async def serve(settings: SchedulerSettings, stop: asyncio.Event) -> None:
         metrics_port = serve_metrics(shown, settings.metrics_host, settings.metrics_port)
     except OSError as error:
         raise StartupError(f"metrics port {settings.metrics_port}: {error}") from error
+    gc.collect()
+    gc.freeze()  # what is here now stays: to walk it again would hold up plans
 
     async def announce() -> None:
         await service.role_known()

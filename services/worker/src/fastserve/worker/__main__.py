@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import sys
@@ -204,6 +205,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         decode_cost=decode,
     )
     worker = Worker(description, engine, thread, mover, metrics)
+    gc.collect()
+    gc.freeze()  # what is here now stays; to walk it again would hold up an iteration
     server = GrpcServer()
     pb_grpc.add_WorkerServiceServicer_to_server(worker, server.server)
     thread.start(engine, worker.report)

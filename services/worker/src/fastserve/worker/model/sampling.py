@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
@@ -96,10 +97,7 @@ def sample(
 
     None stands for a row whose logits are not finite: the model failed for that job.
     """
-    best, greedy = logits.max(dim=-1)
-    # One NaN makes the maximum NaN; +inf shows as itself; -inf everywhere too.
-    finite = best.isfinite().tolist()
-    tokens = greedy.tolist()
+    finite, tokens = _likeliest(logits)
     return [
         None
         if not finite[index]
@@ -108,6 +106,18 @@ def sample(
         else _sample_row(logits[index], row, eos_token_ids)
         for index, row in enumerate(rows)
     ]
+
+
+def _likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
+    """Of each row: whether its logits are finite, and the first of its largest ones."""
+    # One NaN makes the maximum NaN; +inf shows as itself; -inf everywhere too.
+    if logits.device.type == "cpu":  # NumPy does it ten times as fast as torch.max
+        numbers = logits.numpy()
+        places = numbers.argmax(axis=-1)
+        best = numbers[np.arange(len(numbers)), places]
+        return np.isfinite(best).tolist(), places.tolist()
+    values, indexes = logits.max(dim=-1)
+    return values.isfinite().tolist(), indexes.tolist()
 
 
 def _sample_row(logits: torch.Tensor, row: SampleRow, eos: frozenset[int]) -> Sampled:

@@ -29,8 +29,8 @@ void tile(const Product& p, int row, int strip) {
     const Linear& w = p.w;
     const int panel = strip * w.width;
     const size_t vectors = static_cast<size_t>(panel) * LANES;  // before this strip, per word
-    const int32_t* weights = w.data.get() + vectors * w.words;
-    const uint16_t* scales = w.scale.get() + vectors * w.groups;
+    const int32_t* weights = w.data + vectors * w.words;
+    const uint16_t* scales = w.scale + vectors * w.groups;
     const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
     f32x16 total[MR][NB] = {};
     for (int group = 0; group < x.groups; group++) {
@@ -157,8 +157,8 @@ void Rows::put(int row, const float* x) {
     }
 }
 
-void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float* weight,
-                  const float* new_bias, bool halves) {
+void Linear::pack(Arena& arena, Dtype new_dtype, int new_outputs, int new_inputs,
+                  const float* weight, const float* new_bias, bool halves) {
     dtype = new_dtype;
     outputs = new_outputs;
     inputs = new_inputs;
@@ -169,9 +169,11 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
     // Few panels: narrow strips, so that every thread gets as much as the others.
     width = panels >= 96 ? MAX_PANELS : MAX_PANELS / 2;
     groups = (words + group - 1) / group;
-    data = Buffer<int32_t>(static_cast<size_t>(panels) * words * LANES);
-    if (dtype == Dtype::INT8) scale = Buffer<uint16_t>(static_cast<size_t>(panels) * groups * LANES);
-    if (new_bias != nullptr) bias = Buffer<float>(panels * LANES);
+    data = arena.take<int32_t>(static_cast<size_t>(panels) * words * LANES);
+    if (dtype == Dtype::INT8) {
+        scale = arena.take<uint16_t>(static_cast<size_t>(panels) * groups * LANES);
+    }
+    if (new_bias != nullptr) bias = arena.take<float>(static_cast<size_t>(panels) * LANES);
     for (int place = 0; place < panels * LANES; place++) {
         const int panel = place / LANES, lane = place % LANES;
         // Row of `weight` that stands here; -1: padding.
@@ -187,8 +189,8 @@ void Linear::pack(Dtype new_dtype, int new_outputs, int new_inputs, const float*
         const auto vector = [&](int i) {
             return (size_t(i / run) * panels_here + panel % width) * run + i % run;
         };
-        int32_t* out = data.get() + static_cast<size_t>(strip) * width * words * LANES + lane;
-        uint16_t* scales = scale.get() + static_cast<size_t>(strip) * width * groups * LANES + lane;
+        int32_t* out = data + static_cast<size_t>(strip) * width * words * LANES + lane;
+        uint16_t* scales = scale + static_cast<size_t>(strip) * width * groups * LANES + lane;
         float inverse = 0.0f;
         if (new_bias != nullptr && source >= 0) bias[place] = new_bias[source];
         for (int word = 0; word < words; word++) {

@@ -66,16 +66,17 @@ struct Linear {
     int groups = 0;  // per output
     int panels = 0;  // the last one filled up with zeros
     int width = 0;   // the last strip has the panels that are left
-    Buffer<int32_t> data;    // [strips, words, width, 16]; [strips, words / 16, width, 16, 16]
-    Buffer<uint16_t> scale;  // int8: bf16 [strips, groups, width, 16]
-    Buffer<float> bias;      // [panels, 16], if there is one
+    // In the arena that they were packed into:
+    int32_t* data = nullptr;    // [strips, words, width, 16]; [strips, words / 16, width, 16, 16]
+    uint16_t* scale = nullptr;  // int8: bf16 [strips, groups, width, 16]
+    float* bias = nullptr;      // [panels, 16], if there is one
 
     int strips() const { return (panels + width - 1) / width; }
 
     // weight [outputs, inputs] row by row; bias [outputs] or null. `halves`: the outputs are two
     // halves, gate and up, whose panels are to alternate (see SWIGLU).
-    void pack(Dtype dtype, int outputs, int inputs, const float* weight, const float* bias,
-              bool halves);
+    void pack(Arena& arena, Dtype dtype, int outputs, int inputs, const float* weight,
+              const float* bias, bool halves);
 };
 
 enum class Output {

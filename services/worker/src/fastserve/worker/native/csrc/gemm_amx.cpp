@@ -33,7 +33,7 @@ struct Tiles {
         const int words = p.w.words, panel = strip * p.w.width;
         const int32_t* inputs = p.x.data.get() + static_cast<size_t>(row) * words;
         const int32_t* weights =
-            p.w.data.get() + static_cast<size_t>(panel) * words * LANES + first * TILE;
+            p.w.data + static_cast<size_t>(panel) * words * LANES + first * TILE;
         for (int word = 0; word < words; word += TILE_WORDS) {
             tile_load<4>(inputs + word, words);
             if constexpr (ROW_TILES == 2) {

@@ -42,8 +42,8 @@ struct Int8Tiles {
         const Rows& x = p.x;
         const Linear& w = p.w;
         const size_t vectors = static_cast<size_t>(strip) * w.width * LANES;
-        const int32_t* weights = w.data.get() + vectors * w.words + first * LANES;
-        const uint16_t* scales = w.scale.get() + vectors * w.groups + first * LANES;
+        const int32_t* weights = w.data + vectors * w.words + first * LANES;
+        const uint16_t* scales = w.scale + vectors * w.groups + first * LANES;
         const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
         const float* input_scales = x.scale.get() + row;
         const size_t pitch = static_cast<size_t>(panels) * LANES;

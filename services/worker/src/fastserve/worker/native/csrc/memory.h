@@ -6,6 +6,7 @@
 #include <new>
 #include <sys/mman.h>
 #include <utility>
+#include <vector>
 
 namespace fastserve {
 
@@ -51,6 +52,36 @@ private:
 
     T* data_ = nullptr;
     size_t count_ = 0;
+};
+
+// Memory for many things that live as long as it does. What is small shares huge pages.
+class Arena {
+public:
+    // `count` zeroed elements, 64 bytes aligned.
+    template <class T>
+    T* take(size_t count) {
+        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+        if (bytes > CHUNK / 4) {  // too much would be left over at the end of a chunk
+            chunks_.emplace_back(bytes);
+            return reinterpret_cast<T*>(chunks_.back().get());
+        }
+        if (bytes > left_) {
+            chunks_.emplace_back(CHUNK);
+            next_ = chunks_.back().get();
+            left_ = CHUNK;
+        }
+        char* taken = next_;
+        next_ += bytes;
+        left_ -= bytes;
+        return reinterpret_cast<T*>(taken);
+    }
+
+private:
+    static constexpr size_t CHUNK = size_t{1} << 23;
+
+    std::vector<Buffer<char>> chunks_;
+    char* next_ = nullptr;
+    size_t left_ = 0;
 };
 
 }  // namespace fastserve

@@ -42,7 +42,7 @@ void Model::set_matrix(int layer, Weight which, int outputs, int inputs, const f
                      : which == Weight::OUTPUT  ? layers_[layer].output
                      : which == Weight::GATE_UP ? layers_[layer].gate_up
                                                 : layers_[layer].down;
-    target.pack(static_cast<Dtype>(shape_.weights), outputs, inputs, weight, bias,
+    target.pack(arena_, static_cast<Dtype>(shape_.weights), outputs, inputs, weight, bias,
                 which == Weight::GATE_UP);
 }
 

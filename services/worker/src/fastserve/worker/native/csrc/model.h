@@ -79,6 +79,7 @@ private:
 
     const Shape shape_;
     Pool pool_;
+    Arena arena_;  // of the matrices
     std::vector<Layer> layers_;
     Buffer<float> final_norm_;
     Linear head_;

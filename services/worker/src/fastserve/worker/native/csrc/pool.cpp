@@ -39,7 +39,9 @@ void Pool::run(int count) {
         if (++spins < SPINS) {
             relax();
         } else {
-            std::this_thread::yield();  // a helper lost its core in the middle of a task
+            // A helper lost its core in the middle of a task: it can have this one.
+            const int done = done_.load(std::memory_order_acquire);
+            if (done < count) done_.wait(done, std::memory_order_acquire);
         }
     }
 }
@@ -50,9 +52,10 @@ void Pool::work(int thread) {
     for (;;) {
         const uint64_t taken = next_.fetch_add(1, std::memory_order_acq_rel);
         const auto index = static_cast<int>(taken & MASK);
-        if (index >= static_cast<int>(taken >> COUNT_BITS & MASK)) return;
+        const auto count = static_cast<int>(taken >> COUNT_BITS & MASK);
+        if (index >= count) return;
         call_(task_, index, thread);
-        done_.fetch_add(1, std::memory_order_release);
+        if (done_.fetch_add(1) + 1 == count) done_.notify_one();
     }
 }
 

@@ -18,8 +18,8 @@ struct Product {
 // Puts the products of a row with NB panels, from `panel` on, where they belong.
 template <int NB>
 ALWAYS_INLINE void finish(const Product& p, int row, int panel, f32x16 (&total)[NB]) {
-    if (p.w.bias.get() != nullptr) {
-        for (int j = 0; j < NB; j++) total[j] += load(p.w.bias.get() + (panel + j) * LANES);
+    if (p.w.bias != nullptr) {
+        for (int j = 0; j < NB; j++) total[j] += load(p.w.bias + (panel + j) * LANES);
     }
     float* out = p.out + row * p.stride;
     if (p.kind == Output::SWIGLU) {
