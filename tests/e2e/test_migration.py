@@ -51,7 +51,7 @@ async def drained(
             stack,
             device_blocks=device_blocks,
             pod_flags=("--max-num-seqs", "32", "--block-size", "16"),
-            scheduler_flags=("--prefix-cache", "off"),
+            scheduler_flags=("--prefix-cache", "off", "--policy", "fcfs"),
             grace_s=20.0,
         )
         name = model.resolve().name
