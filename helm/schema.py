@@ -38,7 +38,7 @@ _OWNED: Final = {
     | {"kubernetes_service", "kubernetes_namespace", "kubernetes_port"},
     "worker": {"worker_id", "model", "served_model_name", "kv_offload"},
     "kvSidecar": {"host_memory", "host_blocks", "pool_dir", "workers", "disk_path", "disk_size"}
-    | {"peer_listen", "peer_token_file"},
+    | {"peer_listen", "peer_address", "peer_token_file"},
 }
 _PER_MODEL: Final = ("model", "gateway", "scheduler", "worker", "kvSidecar", "route")
 _SIZE: Final = {"type": "string", "pattern": "^[1-9][0-9]*(Mi|Gi|Ti)$"}
@@ -55,6 +55,7 @@ _SPECIAL: Final[dict[str, dict[str, Any]]] = {
     "model.source": {"enum": ["image", "huggingface", "volume"]},
     "model.cache.type": {"enum": ["emptyDir", "pvc", "hostPath"]},
     "scheduler.discovery": {"enum": ["static", "kubernetes"]},
+    "kvSidecar.peers.enabled": {"type": ["boolean", "null"]},
     "worker.kind": {"enum": ["StatefulSet", "Deployment"]},
     "worker.podsPerGroup": _COUNT,
     "worker.shmExtra": _SIZE,

@@ -53,6 +53,9 @@ sections, and the ports.
 {{- $pipeline := int (default 1 $it.worker.settings.pipeline_parallel_size) -}}
 {{- $_ := set $it "ranks" (mul $tensor $pipeline) -}}
 {{- $_ := set $it "pods" (int $it.worker.podsPerGroup) -}}
+{{- if kindIs "invalid" $it.kvSidecar.peers.enabled -}}
+{{- $_ := set $it.kvSidecar.peers "enabled" (or (gt (int $it.worker.replicaCount) 1) $it.worker.autoscaling.enabled) -}}
+{{- end -}}
 {{- end }}
 
 {{- define "fastserve.ports" -}}

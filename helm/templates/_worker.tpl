@@ -159,6 +159,10 @@ spec:
     {{- end }}
     {{- if $sidecar.peers.enabled }}
     - {name: FASTSERVE_PEER_LISTEN, value: {{ include "fastserve.listen" (dict "root" $ "port" $it.port.peer) | quote }}}
+    - name: POD_IP
+      valueFrom: {fieldRef: {fieldPath: status.podIP}}
+    {{- $ip := ternary "[$(POD_IP)]" "$(POD_IP)" (contains ":" $.Values.listenAddress) }}
+    - {name: FASTSERVE_PEER_ADDRESS, value: "{{ $ip }}:{{ $it.port.peer }}"}
     {{- if not $.Values.tls.enabled }}
     - {name: FASTSERVE_PEER_TOKEN_FILE, value: /etc/fastserve/peers/token}
     {{- end }}

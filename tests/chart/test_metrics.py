@@ -1,4 +1,4 @@
-"""Alerts, dashboards and autoscalers ask for metrics that the services have."""
+"""Alerts, dashboards and autoscalers ask for metrics that the services have (kthena PR #868)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support.chart import Manifest, find, render
+from support.chart import Manifest, containers, environment, find, pods, render, service_of
 from support.chart_network import crossing, edges
 
 
@@ -44,6 +44,17 @@ def test_network_policies_let_through_what_the_architecture_has(
     case: str, expected: set[tuple[str, str, int]]
 ) -> None:
     assert edges(render(case)) == expected
+
+
+def test_sidecars_reach_each_other_where_there_may_be_several_workers() -> None:
+    manifests = render("keda")
+    assert edges(manifests) >= PEERS
+    (pod,) = (pod for name, pod in pods(manifests) if name.endswith("-worker"))
+    (sidecar,) = (one for one in containers(pod) if service_of(one) == "kv_offload")
+    shown = environment(sidecar)
+    assert shown["FASTSERVE_PEER_ADDRESS"] == "$(POD_IP):7072"
+    assert shown["POD_IP"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert not PEERS & edges(render("default"))
 
 
 def test_ranks_of_groups_reach_each_other_on_any_port() -> None:

@@ -153,6 +153,32 @@ async def test_a_half_finished_import_is_never_seen(pair: tuple[Running, Running
         assert not (await there.lookup()).job_ids
 
 
+async def test_a_job_that_is_released_while_it_comes_does_not_stay(
+    pair: tuple[Running, Running],
+) -> None:
+    """It moved here in another way, or has ended: nobody would ever release it again."""
+    _, target = pair
+    async with attached(target) as there, peer(target) as stub:
+        call = stub.Import(metadata=TOKEN)
+        await call.write(header("a", 1))
+        await there.until(lambda s: s.reserved_slots == 1, "the reservation")
+        await there.release("a")
+        await call.write(piece(0, content("a", 0)))
+        await call.done_writing()
+        await refused(call, grpc.StatusCode.INVALID_ARGUMENT, "not reserved for job a")
+        stats = await there.stats()
+        assert (stats.free_slots, stats.jobs) == (8, 0)
+
+
+async def test_a_worker_learns_where_others_reach_its_sidecar(tmp_path: Path) -> None:
+    with start(tmp_path, "bound") as bound:
+        async with attached(bound) as caller:
+            assert caller.attached.peer_address == bound.info["peer_address"]
+    with start(tmp_path, "told", "--peer-address", "pod.example:7072") as told:
+        async with attached(told) as caller:
+            assert caller.attached.peer_address == "pod.example:7072"
+
+
 @pytest.mark.parametrize(
     ("messages", "code", "why"),
     [

@@ -44,6 +44,7 @@ def expected(running: Deployment) -> list[str]:
 async def test_a_kill_costs_a_pause_and_nothing_else(
     running: Deployment, expected: list[str], victim: str
 ) -> None:
+    """llm-d-router #2345, production-stack PR #643: streams that end with their engine."""
     if victim == "leader":
         victim = running.leader()
     restarts = running.service(victim)["restarts"]

@@ -1,7 +1,8 @@
 """A burst of short requests behind a long one, with KV memory for one and a half jobs.
 
 With a preemptive policy the burst overtakes the long answer, whose KV cache is moved to host memory
-and back; its text must not change by that. With FCFS the burst waits for it.
+and back, for which no flag is needed (vllm #19854); its text must not change by that. With FCFS the
+burst waits for it.
 """
 
 from __future__ import annotations

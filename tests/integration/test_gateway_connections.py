@@ -64,7 +64,7 @@ async def assert_cancelled(stack: Stack, jobs: int = 1) -> None:
     assert (await stack.chat()).json()["choices"][0]["message"]["content"] == "fine"
 
 
-async def test_client_gone_in_the_middle_of_a_stream(stack: Stack) -> None:
+async def test_client_gone_in_the_middle_of_a_stream(stack: Stack) -> None:  # ray #61551
     stack.scheduler.reply = endless(stack)
     async with streaming(stack, n=2) as response:
         async for line in response.aiter_lines():
@@ -132,15 +132,17 @@ async def check_slow_reader(stack: Stack) -> None:
         tokens=[token] * 20_000, logprobs=scores, per_batch=100, finish=UNFINISHED
     )
     _, writer = await raw_request(stack, stream=True, logprobs=True, top_logprobs=20)
-    await assert_cancelled(stack)
-    writer.close()
+    try:
+        await assert_cancelled(stack)
+    finally:
+        writer.close()
 
 
 async def test_scheduler_that_dies_in_the_middle(
     default_model_folder: Path, default_tokenizer: Tokenizer
 ) -> None:
     async with running_gateway(
-        default_model_folder, default_tokenizer, reattach_timeout=0.1, scheduler_timeout=0.1
+        default_model_folder, default_tokenizer, reattach_timeout=0.1, scheduler_timeout=1.0
     ) as stack:
         stack.scheduler.reply = endless(stack)
         lines = []
@@ -178,7 +180,7 @@ async def test_running_answers_end_before_the_gateway_does(stack: Stack) -> None
     gate.set()
     response = await asking
     assert response.json()["choices"][0]["message"]["content"] == "one two"
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await stack.task
 
 
@@ -199,7 +201,7 @@ async def test_answers_that_take_too_long_are_cut_off_at_the_end(
                     stack.stop.set()
         assert "shutting down" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
         assert (await whole).status_code == 503
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await stack.task
         streamed, whole_one = (submit.job_id for submit in stack.scheduler.submits)
         # The streamed answer waits for its client at the scheduler: it goes on at another gateway.

@@ -275,7 +275,7 @@ async def test_bad_token_requests(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_full_queue(stack: Stack, stream: bool) -> None:
+async def test_full_queue(stack: Stack, stream: bool) -> None:  # vllm #18826, PR #49330
     reason = scheduler_pb2.REJECT_REASON_QUEUE_FULL
     stack.scheduler.reply = Refusal(reason, "the queue is full", retry_after_s=3)
     response = await stack.chat(stream=stream)
@@ -303,6 +303,9 @@ async def test_200_requests_on_a_queue_of_50(stack: Stack) -> None:
         else:
             assert_error(response, 429, None, "queue_full", type="rate_limit_exceeded")
     assert sum(response.status_code == 200 for response in responses) == 50
+    assert stack.metric("fastserve_gateway_incoming_requests_total", route=CHAT) == 200
+    outcome = {"route": CHAT, "outcome": "rejected_capacity"}
+    assert stack.metric("fastserve_gateway_requests_total", **outcome) == 150
 
 
 async def test_full_queue_for_one_of_several_choices(stack: Stack) -> None:
@@ -424,10 +427,14 @@ async def test_a_request_that_comes_first_waits_for_the_scheduler(
 
 
 async def test_no_worker(default_model_folder: Path, default_tokenizer: Tokenizer) -> None:
+    """A refused request counts as one that came (production-stack PR #679)."""
     async with running_gateway(default_model_folder, default_tokenizer, connect=False) as stack:
         stack.scheduler.ready = False
         response = await stack.chat()
         assert_error(response, 503, None, "no_workers", type="service_unavailable")
+        assert stack.metric("fastserve_gateway_incoming_requests_total", route=CHAT) == 1
+        outcome = {"route": CHAT, "outcome": "rejected_no_workers"}
+        assert stack.metric("fastserve_gateway_requests_total", **outcome) == 1
         response = await stack.http.get("/readyz")
         assert_error(response, 503, None, "no_workers", type="service_unavailable")
 

@@ -62,6 +62,7 @@ async def test_the_tenant_and_weight_of_a_key_reach_the_scheduler(stack: Stack) 
 @pytest.mark.parametrize("header", ["x_fastserve_tenant", "x_llm_d_inference_fairness_id"])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_key_serves_no_other_tenant(stack: Stack, header: str, stream: bool) -> None:
+    """Keys of tenants (aibrix #753, production-stack #759)."""
     response = await ask(stack, "acme-key", stream=stream, **{header: "other"})
     assert response.status_code == 403
     error = response.json()["error"]

@@ -2,7 +2,7 @@
 back as they left, and the greedy text is that of a run in which nothing happened.
 
 The real model, engine, staging and sidecar; the engine runs in the process of the test, which
-compares every block (`WatchedMover`).
+compares every block (`WatchedMover`). vllm #29781, #46951: wrong text under load with offloading.
 """
 
 from __future__ import annotations

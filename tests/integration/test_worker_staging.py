@@ -141,7 +141,7 @@ async def test_beginnings_come_from_the_host(shared: Pod) -> None:
     await beginnings_come_from_the_host(shared)
 
 
-async def test_a_full_host_refuses_and_the_job_goes_on(shared: Pod) -> None:
+async def test_a_full_host_refuses_and_the_job_goes_on(shared: Pod) -> None:  # LMCache #1330
     expected = await undisturbed(shared, 12)
     async with shared.driver() as driver:
         big = [driver.job(f"big-{i}", [i + 2] * 60) for i in range(2)]

@@ -271,7 +271,10 @@ def unsafe(manifests: list[Manifest]) -> list[str]:
 
 
 def short_graces(manifests: list[Manifest]) -> list[str]:
-    """A pod is killed only after preStop and the shutdown of all its containers, one by one."""
+    """A pod is killed only after preStop and the shutdown of all its containers, one by one.
+
+    kserve PR #5496, gateway-api-inference-extension #549: grace periods that were too short.
+    """
     wrong = []
     for owner, pod in pods(manifests):
         needed = 0.0

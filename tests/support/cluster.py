@@ -45,6 +45,9 @@ class Cluster:
         self.running: dict[str, Running] = {}
         self._scheduler_flags = scheduler_flags
         self._grace = ("--shutdown-timeout", str(grace_s))
+        token = folder / "peer-token"
+        token.write_text("secret\n")
+        peers = ("--peer-listen", "127.0.0.1:0", "--peer-token-file", str(token))
         self.pods: list[Pod] = []
 
         def pod(at: int) -> Pod:
@@ -58,7 +61,7 @@ class Cluster:
                 device_blocks,
                 worker_id=f"w{at}",
                 worker_flags=(*self._grace, "--max-model-len", "512", *pod_flags),
-                sidecar_flags=self._grace,
+                sidecar_flags=(*self._grace, *peers),
             )
 
         # A start is mostly imports on one core.

@@ -25,9 +25,17 @@ class EndlessLoad:
     """`count` streams at a time, each with a seed of its own, of `tokens` tokens."""
 
     def __init__(
-        self, urls: Callable[[], Sequence[str]], count: int, tokens: int, model: str = "tiny"
+        self,
+        urls: Callable[[], Sequence[str]],
+        count: int,
+        tokens: int,
+        model: str = "tiny",
+        *,
+        words: int = 0,
     ) -> None:
-        """`urls`: of the gateways that run, asked for each time."""
+        """`urls`: of the gateways that run, asked for each time. words: of ten bytes, that make
+        prompts longer."""
+        self._words = " and again" * words
         self._urls, self._count, self._tokens, self._model = urls, count, tokens, model
         self.expected: list[str] = []
         self.complete = [0] * count  # answers that ended, by stream
@@ -38,7 +46,7 @@ class EndlessLoad:
 
     def body(self, seed: int) -> dict[str, Any]:
         return body_of(
-            f"Once upon a time number {seed}",
+            f"Once upon a time number {seed}{self._words}",
             self._tokens,
             model=self._model,
             seed=seed,

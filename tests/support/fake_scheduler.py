@@ -263,5 +263,5 @@ async def running_gateway(
             yield stack
         finally:
             stack.stop.set()
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(30):
                 await stack.task

@@ -12,7 +12,7 @@ from grpc import aio
 from fastserve.common import rpc
 from fastserve.proto.v1 import sampling_pb2, scheduler_pb2, scheduler_pb2_grpc
 
-WAIT_S = 15.0
+WAIT_S = 30.0
 
 
 class JobView:

@@ -55,7 +55,7 @@ class RunningScheduler:
     async def stop(self) -> None:
         """As on SIGTERM."""
         self._stop.set()
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             await self._task
 
     async def kill(self) -> None:
@@ -86,7 +86,7 @@ async def start_scheduler(
         "listen": "127.0.0.1:0",
         "redis_url": valkey.url,
         "leader_ttl": 0.6,
-        "redis_timeout": 0.5,
+        "redis_timeout": 2.0,
         "shutdown_timeout": 2.0,
         **settings,
     }

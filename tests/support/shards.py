@@ -49,7 +49,7 @@ class SchedulerProcess:
                 return False
             return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    async def leading(self, timeout: float = 15.0) -> float:
+    async def leading(self, timeout: float = 30.0) -> float:
         """Wait until it leads; seconds it took."""
         started = time.monotonic()
         while not await self.leads():
@@ -57,7 +57,7 @@ class SchedulerProcess:
             await asyncio.sleep(0.02)
         return time.monotonic() - started
 
-    async def says(self, text: str, timeout: float = 15.0) -> None:
+    async def says(self, text: str, timeout: float = 30.0) -> None:
         """Wait until its log has `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.log:

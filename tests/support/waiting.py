@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 
 async def eventually(
-    check: Callable[[], object], what: str = "the condition", timeout: float = 10.0
+    check: Callable[[], object], what: str = "the condition", timeout: float = 30.0
 ) -> None:
     """Return once `check()` is true. Raises AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
@@ -18,7 +18,7 @@ async def eventually(
 
 
 async def eventually_async(
-    check: Callable[[], Awaitable[object]], what: str, timeout: float = 20.0
+    check: Callable[[], Awaitable[object]], what: str, timeout: float = 30.0
 ) -> None:
     """The same for a question that takes a call to another process."""
     deadline = time.monotonic() + timeout

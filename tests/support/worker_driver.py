@@ -16,9 +16,11 @@ UPLOAD = worker_pb2.KV_OP_UPLOAD
 DROP_DEVICE = worker_pb2.KV_OP_DROP_DEVICE
 RELEASE = worker_pb2.KV_OP_RELEASE
 COPY_OUT = worker_pb2.KV_OP_COPY_OUT
+EXPORT = worker_pb2.KV_OP_EXPORT
 OK = worker_pb2.KV_STATUS_OK
 LOST = worker_pb2.KV_STATUS_LOST
 NO_HOST_SPACE = worker_pb2.KV_STATUS_NO_HOST_SPACE
+NOT_SENT = worker_pb2.KV_STATUS_NOT_SENT
 
 
 class Done:
@@ -50,6 +52,7 @@ class WorkerDriver:
         self._plan_id = 0
         self._op_id = 0
         self._handles: dict[str, int] = {}
+        self._last_handle = 0
         self._jobs: dict[str, worker_pb2.Job] = {}
         self._reader: asyncio.Task[None] | None = None
         self.output = output
@@ -58,6 +61,7 @@ class WorkerDriver:
         self.done: dict[int, Done] = {}
         self.reports: list[worker_pb2.IterationReport] = []
         self.held: dict[str, tuple[int, int]] = {}
+        self.place = worker_pb2.KvPlace()  # where it takes KV of others
 
     async def open(self) -> None:
         """Send the reset and take the inventory: job id -> (device tokens, host tokens).
@@ -70,6 +74,7 @@ class WorkerDriver:
         first = response.report.inventory
         tokens = zip(first.device_tokens, first.host_tokens, strict=True)
         self.held = dict(zip(first.job_ids, tokens, strict=True))
+        self.place = first.place
         self.reports.append(response.report)
         self._reader = asyncio.create_task(self._read())
 
@@ -81,8 +86,20 @@ class WorkerDriver:
 
     # --- down --------------------------------------------------------------------------------
 
-    def job(self, job_id: str, prompt: Sequence[int], *, salt: bytes = b"", **sampling: Any) -> str:
-        """A job that goes out, whole, with the first plan that names it; returns its id."""
+    def job(
+        self,
+        job_id: str,
+        prompt: Sequence[int],
+        *,
+        salt: bytes = b"",
+        imported: int = 0,
+        **sampling: Any,
+    ) -> str:
+        """A job that goes out, whole, with the first plan that names it; returns its id.
+
+        imported: tokens of it that another worker has sent. If it was named before, it goes out
+        again."""
+        self._handles.pop(job_id, None)
         params = sampling_pb2.SamplingParams(**{"max_tokens": 500, "ignore_eos": True, **sampling})
         self.output.setdefault(job_id, [])
         self._jobs[job_id] = worker_pb2.Job(
@@ -91,6 +108,7 @@ class WorkerDriver:
             prompt_len=len(prompt),
             sampling=params,
             cache_salt=salt,
+            imported_tokens=imported,
         )
         return job_id
 
@@ -106,6 +124,7 @@ class WorkerDriver:
         ops: Sequence[tuple[worker_pb2.KvOp, str]] = (),
         lease: int = 1,
         op_blocks: Sequence[int] = (),
+        export_to: Sequence[worker_pb2.KvPlace] = (),
     ) -> list[int]:
         """rows: job id -> most tokens. Returns the ids of the operations."""
         rows = rows or {}
@@ -121,8 +140,23 @@ class WorkerDriver:
             ops=[kind for kind, _ in ops],
             op_handles=[self._handles[name] for _, name in ops],
             op_blocks=op_blocks,
+            export_to=export_to,
         )
         return list(numbers)
+
+    async def export(
+        self, job_id: str, to: worker_pb2.KvPlace, blocks: int = 1000, *, rows: int = 0
+    ) -> Done:
+        """Send its KV to another worker; meanwhile it gets a row for so many iterations."""
+        (number,) = await self.plan(
+            {job_id: 1} if rows else {},
+            ops=[(EXPORT, job_id)],
+            lease=max(rows, 1),
+            op_blocks=[blocks],
+            export_to=[to],
+        )
+        await self.until(lambda: number in self.done)
+        return self.done[number]
 
     async def generate(self, job_id: str, count: int, chunk: int = 7) -> list[int]:
         """Run a job alone until it has `count` output tokens, and no further; all its tokens."""
@@ -144,7 +178,8 @@ class WorkerDriver:
     def _meet(self, job_id: str) -> worker_pb2.Job | None:
         if job_id in self._handles:
             return None
-        self._handles[job_id] = handle = len(self._handles) + 1
+        self._last_handle += 1
+        self._handles[job_id] = handle = self._last_handle
         job = worker_pb2.Job()
         job.CopyFrom(self._jobs[job_id])
         job.handle = handle

@@ -18,6 +18,7 @@ from fastserve.scheduler.core import (
     Job,
     KvOperation,
     KvOpKind,
+    KvPlace,
     KvStatus,
     OpDone,
     Plan,
@@ -68,6 +69,7 @@ class Held:
     finished: bool = False
     ops: deque[KvOperation] = field(default_factory=deque)
     copying: bool = False
+    imported: int = 0  # tokens that it is said to have from another group, when it is met
 
 
 class WorkerModel:
@@ -99,6 +101,10 @@ class WorkerModel:
         self.host_loses = False  # the sidecar died: uploads report LOST
         self.host_refuses = False  # offloads report NO_HOST_SPACE, whatever is free
         self.device_refuses = False  # uploads report NO_DEVICE_SPACE, likewise
+        self.peers: dict[str, WorkerModel] = {}  # those that it can send KV to
+        self.sends_in_vain = False  # exports report NOT_SENT, and nothing arrives
+        self.sends_unheard = False  # exports report NOT_SENT, though all arrives
+        self.imports: dict[str, int] = {}  # tokens on the host that other groups sent, by job
         self.stalls: set[str] = set()  # jobs that find no block in the next iteration
 
     # --- memory ------------------------------------------------------------------------------
@@ -112,19 +118,33 @@ class WorkerModel:
 
     @property
     def free_host(self) -> int:
-        return self.info.host_blocks - sum(job.host_blocks for job in self.held.values())
+        held = sum(job.host_blocks for job in self.held.values())
+        return self.info.host_blocks - held - sum(map(self._blocks, self.imports.values()))
+
+    @property
+    def place(self) -> KvPlace:
+        return KvPlace(self.info.worker_id, "layout", ("host:1",))
 
     # --- plans -------------------------------------------------------------------------------
 
     def receive(self, plan: Plan) -> None:
         """A plan arrives; jobs that this stream has not named yet come whole, as they are now."""
         new = []
-        for job_id in [*(row.job.job_id for row in plan.rows), *(op.job_id for op in plan.ops)]:
+        named = [*(row.job.job_id for row in plan.rows), *(op.job_id for op in plan.ops)]
+        for job_id in [*plan.introduce, *named]:
             job = self.find(job_id)
-            if job_id not in self.named and job is not None:
-                self.named.add(job_id)
-                length = job.prompt_len + min(self.lengths[job_id], job.spec.max_tokens)
-                new.append(Held(job_id, job.known_len, job.prompt_len, job.max_len, length))
+            if job_id in self.named and job_id not in plan.introduce:
+                continue
+            if any(held.job_id == job_id for held in new):
+                continue
+            self.named.add(job_id)
+            if job is None:
+                new.append(Held(job_id, 0, 0, 0, 0))  # to be released
+                continue
+            length = job.prompt_len + min(self.lengths[job_id], job.spec.max_tokens)
+            held = Held(job_id, job.known_len, job.prompt_len, job.max_len, length)
+            held.imported = plan.introduce.get(job_id, 0)
+            new.append(held)
         self.inbox.append((plan, new))
 
     def apply_all(self) -> None:
@@ -148,13 +168,17 @@ class WorkerModel:
         for row in plan.rows:
             held = self.held[row.job.job_id]
             assert row.tokens > 0
-            moving = [op for op in held.ops if op.kind is not KvOpKind.COPY_OUT]
+            beside = (KvOpKind.COPY_OUT, KvOpKind.EXPORT)
+            moving = [op for op in held.ops if op.kind not in beside]
             assert not moving, "a row for a job whose KV is moving"
             assert held.computed or not held.host or held.finished, "a row without an upload"
 
     def _meet(self, new: Held) -> None:
         held = self.held.setdefault(new.job_id, new)
         held.known, held.finished = new.known, False
+        if new.imported:
+            held.host = self.imports.pop(new.job_id, 0)
+            held.host_blocks = self._blocks(held.host)
         if held.device_blocks:
             held.computed = min(held.computed, held.known - 1)
             held.device_blocks = self._blocks(held.computed)
@@ -179,6 +203,18 @@ class WorkerModel:
                 more = max(0, full - job.host_blocks)
                 if more > self.free_host or self.host_refuses:
                     self._end(job, KvStatus.NO_HOST_SPACE)
+                    continue
+                job.host_blocks += more
+                job.copying = True
+            elif op.kind is KvOpKind.EXPORT:
+                full = min(
+                    job.computed // self.info.block_size,
+                    job.host // self.info.block_size + op.blocks,
+                )
+                job.copied_out = max(job.host, full * self.info.block_size)
+                more = max(0, self._blocks(job.copied_out) - job.host_blocks)
+                if more > self.free_host or self.host_refuses:
+                    self._end(job, KvStatus.NO_HOST_SPACE, job.host)
                     continue
                 job.host_blocks += more
                 job.copying = True
@@ -208,6 +244,9 @@ class WorkerModel:
             assert job.computed >= job.copied_out or job.host >= job.copied_out, "freed too early"
             job.host = job.copied_out
             self._end(job, KvStatus.OK, job.host)
+        elif op.kind is KvOpKind.EXPORT:
+            job.host = job.copied_out
+            self._end(job, self._deliver(job, op), job.host)
         elif op.kind is KvOpKind.UPLOAD:
             if self.host_loses or not job.host:
                 job.host = job.host_blocks = 0
@@ -223,8 +262,20 @@ class WorkerModel:
             job.host = job.host_blocks = 0
             self._end(job, KvStatus.OK)
             if op.kind is KvOpKind.RELEASE:
+                self.imports.pop(job.job_id, None)
                 del self.held[job.job_id]
                 self.named.discard(job.job_id)
+
+    def _deliver(self, job: Held, op: KvOperation) -> KvStatus:
+        """Send what is on the host to the sidecar of another group."""
+        assert op.to is not None
+        peer = self.peers.get(op.to.worker_id)
+        if peer is None or self.sends_in_vain or not job.host or job.job_id in peer.imports:
+            return KvStatus.NOT_SENT
+        if peer.free_host < self._blocks(job.host):
+            return KvStatus.NOT_SENT
+        peer.imports[job.job_id] = job.host
+        return KvStatus.NOT_SENT if self.sends_unheard else KvStatus.OK
 
     def _end(self, job: Held, status: KvStatus, tokens: int = 0) -> None:
         self.done.append(OpDone(job.ops.popleft().op_id, status, tokens, tokens * 10))
@@ -310,8 +361,12 @@ class WorkerModel:
 
     def reconnect(self, *, died: bool, host_lost: bool = False) -> Inventory:
         """The stream breaks, or the process dies, which loses the device; a new one opens."""
+        vain, self.sends_in_vain = self.sends_in_vain, True  # exports are stopped
         while any(job.copying for job in self.held.values()):
             self.finish_copies()
+        self.sends_in_vain = vain
+        if host_lost:
+            self.imports.clear()
         for job in list(self.held.values()):
             job.ops.clear()
             if died:
@@ -325,7 +380,13 @@ class WorkerModel:
         self.inbox.clear()
         self.done.clear()
         self.plan, self.lease, self.iteration = None, 0, 0
+        for job_id, tokens in self.imports.items():
+            held = self.held.setdefault(job_id, Held(job_id, 0, 0, 0, 0))
+            held.host = max(held.host, tokens)
+            held.host_blocks = self._blocks(held.host)
+        self.imports.clear()
         return Inventory(
             {job.job_id: job.computed for job in self.held.values() if job.computed},
             {job.job_id: job.host for job in self.held.values() if job.host},
+            self.place,
         )

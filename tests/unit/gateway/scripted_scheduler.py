@@ -14,7 +14,7 @@ from fastserve.gateway.jobs import Job
 from fastserve.gateway.scheduler_client import SchedulerClient
 from fastserve.proto.v1 import sampling_pb2, scheduler_pb2, scheduler_pb2_grpc
 
-WAIT_S = 10.0  # bound of every wait
+WAIT_S = 30.0  # bound of every wait
 UNFINISHED = sampling_pb2.FINISH_REASON_UNSPECIFIED
 STOP = sampling_pb2.FINISH_REASON_STOP
 

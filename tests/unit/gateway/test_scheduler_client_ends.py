@@ -174,7 +174,7 @@ async def test_detached_job_is_not_introduced_to_the_next_stream(
 async def test_scheduler_that_does_not_answer(scheduler: ScriptedScheduler) -> None:
     async with running_client(scheduler.address, answer_timeout_s=0.05) as client:
         session = await scheduler.session()
-        await client.limits()
+        await eventually(lambda: client.connected, "the stream")
         submitting = Follower(client).submit("a")
         handle = (await session.receive("submit")).handle
         with pytest.raises(SchedulerLostError, match="does not answer"):
@@ -243,7 +243,7 @@ async def test_scheduler_that_stays_away(scheduler: ScriptedScheduler) -> None:
 async def test_scheduler_without_a_welcome_is_left(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastserve.gateway.scheduler_client._WELCOME_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("fastserve.gateway.scheduler_client._WELCOME_TIMEOUT_S", 1.0)
     async with (
         running_scheduler() as broken,
         running_scheduler() as healthy,

@@ -226,6 +226,19 @@ def test_unsupported_fields_are_refused(
     assert_refused(body, fields, param, "unsupported_parameter")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("tools", [{"type": "function"}], "tools: this parameter is not supported"),
+        ("audio", {}, "audio: this parameter is not supported"),
+        ("store", True, "store: only false is supported"),
+        ("modalities", ["audio"], 'modalities: only ["text"] is supported'),
+    ],
+)
+def test_refusals_say_what_would_pass(name: str, value: Any, words: str) -> None:
+    assert refused(ChatCompletionRequest, **{name: value}).message == words
+
+
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("name", ["max_token", "Model", "model_config", "__class__", "näh", ""])
 def test_unknown_fields_are_refused(body: type[Body], name: str) -> None:

@@ -38,6 +38,10 @@ def test_missing_pool_folder_is_refused(tmp_path: Path) -> None:
         (["--disk-path", ".", "--disk-size", "much"], "is not a size"),
         (["--tls-cert", "c", "--tls-key", "k"], "go together"),
         (["--peer-listen", "127.0.0.1:0"], "--peer-listen needs --peer-token-file or --tls-cert"),
+        (
+            ["--peer-listen", "0.0.0.0:7072", "--peer-token-file", "t"],
+            "--peer-listen on 0.0.0.0 needs --peer-address",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together(flags: list[str], why: str) -> None:

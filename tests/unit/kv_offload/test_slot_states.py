@@ -64,7 +64,7 @@ class Slots(RuleBasedStateMachine):
         job=JOBS,
         first=st.integers(0, 3),
         count=st.integers(1, 4),
-        holder=st.sampled_from(Holder),
+        holder=st.sampled_from([Holder.WORKER, Holder.PEER]),
     )
     def reserve(self, job: str, first: int, count: int, holder: Holder) -> None:
         room, free = self.table.room, self.table.free
@@ -82,7 +82,12 @@ class Slots(RuleBasedStateMachine):
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.reserved)))
-        what = self.reserved.pop(slot)
+        what = self.reserved[slot]
+        if what.holder is Holder.NOBODY:
+            with pytest.raises(SlotError):
+                self.table.commit(what.job, [slot], [2], [1], Holder.PEER)
+            return
+        del self.reserved[slot]
         value = self.host[slot] = next(self.values)
         self.table.commit(what.job, [slot], [2], [value], what.holder)
         self.committed[what.job, what.index] = value
@@ -102,6 +107,9 @@ class Slots(RuleBasedStateMachine):
         assert self.table.release(job) == len(mine) + len(gone)
         for slot in mine:
             del self.reserved[slot]
+        for slot, what in self.reserved.items():
+            if what.job == job:
+                self.reserved[slot] = Reserved(job, what.index, Holder.NOBODY)
         for key in gone:
             del self.committed[key]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -92,10 +92,11 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(module, "_DISK_PAUSE_S", 0.2)
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the seconds that somebody waits for host slots; the product's are enough for the disk
+    of a busy machine."""
+    return lambda seconds: monkeypatch.setattr(module, "PATIENCE_S", seconds)
 
 
 async def test_spilling_starts_before_the_host_is_full(rig: Rig) -> None:
@@ -108,12 +109,16 @@ async def test_spilling_starts_before_the_host_is_full(rig: Rig) -> None:
     assert (rig.disk.writes, rig.table.free) == (1, rig.table.headroom)
 
 
-async def test_a_reservation_waits_for_a_spill_and_no_longer(rig: Rig) -> None:
+async def test_a_reservation_waits_for_a_spill_and_no_longer(
+    rig: Rig, patience: Callable[[float], None]
+) -> None:
     rig.disk.gate.clear()
     await rig.store("a", 7)
+    patience(0.3)
     waiting = asyncio.create_task(rig.store("b", 3))
     with pytest.raises(PoolFull, match="3 host slots wanted, 1 free"):
         await waiting
+    patience(20.0)
     rig.disk.gate.set()
     await rig.store("b", 3)
     await rig.load("a", 0, 1)
@@ -150,7 +155,9 @@ async def test_a_wait_that_is_given_up_leaves_no_reservation(rig: Rig) -> None:
     assert rig.table.reserved == 0
 
 
-async def test_a_host_full_of_reserved_slots_costs_a_job_on_the_disk_its_copy(rig: Rig) -> None:
+async def test_a_host_full_of_reserved_slots_costs_a_job_on_the_disk_its_copy(
+    rig: Rig, patience: Callable[[float], None]
+) -> None:
     """Its alternative would be to wait for ever."""
     await rig.store("a", 1)
     await rig.store("b", 7)
@@ -164,6 +171,7 @@ async def test_a_host_full_of_reserved_slots_costs_a_job_on_the_disk_its_copy(ri
     await rig.still()
     if rig.table.free:
         await rig.tiers.reserve("d", range(rig.table.free), Holder.PEER)
+    patience(0.3)
     with pytest.raises(BlockLost, match="no host slot"):
         await rig.load("a", 0)
     assert not rig.table.lookup("a")
@@ -210,7 +218,10 @@ async def test_a_job_released_while_it_moves_leaves_nothing(rig: Rig, moment: st
     assert (rig.table.free, rig.table.free_disk) == (SLOTS, DISK_SLOTS)
 
 
-async def test_a_disk_that_failed_is_tried_again_after_a_while(rig: Rig) -> None:
+async def test_a_disk_that_failed_is_tried_again_after_a_while(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_DISK_PAUSE_S", 1.0)
     rig.disk.error = OSError(errno.ENOSPC, "full")
     await rig.store("a", 8)
     await eventually(lambda: not rig.table.disk_open)

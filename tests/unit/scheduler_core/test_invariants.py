@@ -111,7 +111,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _connect(self, info: WorkerInfo) -> None:
         model = WorkerModel(info, self.lengths, self.scheduler.job, self.cached)
         self.workers[info.worker_id] = model
-        self.scheduler.add_worker(info, Inventory(), self.now)
+        model.peers = self.workers
+        self.scheduler.add_worker(info, Inventory(place=model.place), self.now)
 
     def _absorb(self, progress: Progress) -> None:
         for job_id, index, token, _ in progress.tokens:
@@ -153,7 +154,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ready = [
             job.job_id
             for job, _ in model._live_rows()
-            if job.job_id in self.output and job.job_id not in self.ended
+            if (known := self.scheduler.job(job.job_id)) is not None and known.worker_id == name
         ]
         return data.draw(st.sampled_from(ready)) if ready else None
 
@@ -301,11 +302,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.workers)
     @rule(
         data=st.data(),
-        trouble=st.sampled_from(["host_loses", "host_refuses", "device_refuses"]),
+        trouble=st.sampled_from(
+            ["host_loses", "host_refuses", "device_refuses", "sends_in_vain", "sends_unheard"]
+        ),
         iterations=st.integers(1, 6),
     )
     def copies_fail(self, data: st.DataObject, trouble: str, iterations: int) -> None:
-        """LOST, NO_HOST_SPACE or NO_DEVICE_SPACE, for some iterations."""
+        """LOST, NO_HOST_SPACE, NO_DEVICE_SPACE or NOT_SENT, for some iterations."""
         name = data.draw(st.sampled_from(sorted(self.workers)))
         model = self.workers[name]
         setattr(model, trouble, True)
@@ -415,6 +418,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert self.output[job_id], "ended without a token"
         for model in self.workers.values():
             assert not model.held, "something stays behind at the worker"
+            assert not model.imports, "something stays behind on its host"
             assert model.free_device == model.info.device_blocks
 
 

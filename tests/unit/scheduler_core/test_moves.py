@@ -2,94 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from typing import Any
-
 import pytest
 
-from fastserve.scheduler.core import (
-    CostSample,
-    EventKind,
-    Inventory,
-    JobSpec,
-    JobState,
-    RejectReason,
-    Scheduler,
-    SchedulerConfig,
-)
-from support.worker_model import WorkerModel, token_of, worker_info
-
-
-class Groups:
-    """A scheduler and several worker models in lockstep: one iteration each per step."""
-
-    def __init__(
-        self, speeds: dict[str, float], config: dict[str, Any] | None = None, **worker: int
-    ):
-        self.now = 0.0
-        self.scheduler = Scheduler(SchedulerConfig(**{"starvation_s": 1e6, **(config or {})}))
-        self.lengths: dict[str, int] = {}
-        self.models: dict[str, WorkerModel] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.came: dict[str, list[int]] = {}  # job -> steps in which a token came
-        self.steps = 0
-        self.ended: set[str] = set()
-        sizes = {"device_blocks": 256, "max_num_batched_tokens": 64, "max_model_len": 512}
-        for name, speed in speeds.items():
-            info = dataclasses.replace(
-                worker_info(name, **{**sizes, **worker}),
-                prefill_sample=CostSample(1, 64, 64, 0.040 / speed),
-                decode_sample=CostSample(1, 1, 64, 0.010 / speed),
-            )
-            self.models[name] = WorkerModel(info, self.lengths, self.scheduler.job)
-            self.scheduler.add_worker(info, Inventory(), 0.0)
-
-    def submit(self, job_id: str, prompt: int = 8, max_tokens: int = 60, **spec: Any) -> Any:
-        self.lengths[job_id] = max_tokens
-        self.tokens[job_id], self.came[job_id] = [], []
-        return self.scheduler.submit(
-            JobSpec(job_id, tuple(range(prompt)), max_tokens, self.now, **spec), self.now
-        )
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.steps += 1
-            self.now += 0.010
-            self.scheduler.balance(self.now)
-            for name, model in self.models.items():
-                plan = self.scheduler.plan(name, self.now)
-                if plan is not None:
-                    model.receive(plan)
-                model.apply_all()
-                model.finish_copies()
-                report = model.step()
-                if report is None:
-                    continue
-                progress = self.scheduler.on_report(name, report, self.now)
-                for job_id, index, token, _ in progress.tokens:
-                    assert index == len(self.tokens[job_id])
-                    assert token == token_of(job_id, index)
-                    self.tokens[job_id].append(token)
-                    self.came[job_id].append(self.steps)
-                self.ended |= {finished.job_id for finished in progress.finished}
-            self.scheduler.check_integrity()
-
-    def run(self) -> None:
-        """Until all have ended."""
-        for _ in range(5000):
-            if not list(self.scheduler.jobs()):
-                return
-            self.step()
-        raise AssertionError("jobs that never end")
-
-    def at(self, name: str) -> set[str]:
-        return {job.job_id for job in self.scheduler.jobs() if job.worker_id == name}
-
-    def longest_pause(self, job_id: str) -> int:
-        """Steps without a token between two tokens."""
-        came = self.came[job_id]
-        return max(after - before - 1 for before, after in itertools.pairwise(came))
+from fastserve.scheduler.core import EventKind, Inventory, JobState, RejectReason
+from support.worker_groups import Groups
+from support.worker_model import WorkerModel, worker_info
 
 
 def test_jobs_are_spread_by_what_groups_can_do() -> None:
@@ -165,6 +82,19 @@ def test_without_another_group_jobs_stay_and_newcomers_are_refused() -> None:
     groups.step(2)
     plan = groups.models["a"].plan
     assert plan is not None and plan.may_leave
+
+
+def test_jobs_that_lost_their_group_go_to_one_that_takes_jobs_again() -> None:
+    groups = Groups({"a": 1.0, "b": 1.0})
+    groups.scheduler.drain("b", True, groups.now)
+    groups.submit("j")
+    groups.models.pop("a")
+    groups.scheduler.remove_worker("a", groups.now)
+    groups.step(2)
+    assert groups.at("b") == set()
+    groups.scheduler.drain("b", False, groups.now)
+    assert groups.at("b") == {"j"}
+    groups.run()
 
 
 def test_a_job_too_long_for_the_group_that_stays_ends_where_it_is() -> None:

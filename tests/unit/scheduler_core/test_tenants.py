@@ -49,6 +49,7 @@ def test_the_policies_that_share() -> None:
 
 @pytest.mark.parametrize("policy", FAIR)
 def test_equal_tenants_share_the_rows_whoever_came_first_with_how_many(policy: str) -> None:
+    """llm-d-router #1182: by service had, not by requests."""
     rig = rig_of(policy)
     flood(rig, "a", 100)
     rig.run(20)

@@ -20,7 +20,10 @@ def addresses(given: Sequence[str], folder: StateFolder) -> list[str]:
         return list(given)
     state = folder.read()
     if state is None:
-        raise CliError("FastServe does not run here: name its schedulers with --scheduler")
+        raise CliError(
+            "FastServe does not run here: start it with `fastserve up`, or name its schedulers "
+            "with --scheduler"
+        )
     return [
         service["address"]
         for name, service in state["services"].items()

@@ -21,7 +21,7 @@ class AttachRequest(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ..., block_bytes: _Optional[int] = ..., block_size: _Optional[int] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("sidecar_epoch", "pool_path", "pool_bytes", "slot_bytes", "slots", "capacity_blocks", "free_blocks", "verify", "owner_lease_seconds")
+    __slots__ = ("sidecar_epoch", "pool_path", "pool_bytes", "slot_bytes", "slots", "capacity_blocks", "free_blocks", "verify", "owner_lease_seconds", "peer_address")
     SIDECAR_EPOCH_FIELD_NUMBER: _ClassVar[int]
     POOL_PATH_FIELD_NUMBER: _ClassVar[int]
     POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class AttachResponse(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     OWNER_LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     sidecar_epoch: int
     pool_path: str
     pool_bytes: int
@@ -40,7 +41,8 @@ class AttachResponse(_message.Message):
     free_blocks: int
     verify: bool
     owner_lease_seconds: float
-    def __init__(self, sidecar_epoch: _Optional[int] = ..., pool_path: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., verify: _Optional[bool] = ..., owner_lease_seconds: _Optional[float] = ...) -> None: ...
+    peer_address: str
+    def __init__(self, sidecar_epoch: _Optional[int] = ..., pool_path: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slots: _Optional[int] = ..., capacity_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., verify: _Optional[bool] = ..., owner_lease_seconds: _Optional[float] = ..., peer_address: _Optional[str] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("worker_id", "worker_epoch", "sidecar_epoch")

@@ -17,6 +17,7 @@ class KvOp(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_OP_DROP_HOST: _ClassVar[KvOp]
     KV_OP_RELEASE: _ClassVar[KvOp]
     KV_OP_COPY_OUT: _ClassVar[KvOp]
+    KV_OP_EXPORT: _ClassVar[KvOp]
 
 class KvStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -25,6 +26,7 @@ class KvStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_STATUS_NO_HOST_SPACE: _ClassVar[KvStatus]
     KV_STATUS_NO_DEVICE_SPACE: _ClassVar[KvStatus]
     KV_STATUS_LOST: _ClassVar[KvStatus]
+    KV_STATUS_NOT_SENT: _ClassVar[KvStatus]
 KV_OP_UNSPECIFIED: KvOp
 KV_OP_OFFLOAD: KvOp
 KV_OP_UPLOAD: KvOp
@@ -32,11 +34,13 @@ KV_OP_DROP_DEVICE: KvOp
 KV_OP_DROP_HOST: KvOp
 KV_OP_RELEASE: KvOp
 KV_OP_COPY_OUT: KvOp
+KV_OP_EXPORT: KvOp
 KV_STATUS_UNSPECIFIED: KvStatus
 KV_STATUS_OK: KvStatus
 KV_STATUS_NO_HOST_SPACE: KvStatus
 KV_STATUS_NO_DEVICE_SPACE: KvStatus
 KV_STATUS_LOST: KvStatus
+KV_STATUS_NOT_SENT: KvStatus
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -109,7 +113,7 @@ class RunResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[IterationReport, _Mapping]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard", "op_blocks", "drain", "may_leave")
+    __slots__ = ("plan_id", "scheduler_epoch", "reset", "lease", "new_jobs", "row_handles", "row_tokens", "op_ids", "ops", "op_handles", "shard", "op_blocks", "export_to", "drain", "may_leave")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +126,7 @@ class Plan(_message.Message):
     OP_HANDLES_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     OP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXPORT_TO_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     MAY_LEAVE_FIELD_NUMBER: _ClassVar[int]
     plan_id: int
@@ -136,12 +141,23 @@ class Plan(_message.Message):
     op_handles: _containers.RepeatedScalarFieldContainer[int]
     shard: str
     op_blocks: _containers.RepeatedScalarFieldContainer[int]
+    export_to: _containers.RepeatedCompositeFieldContainer[KvPlace]
     drain: bool
     may_leave: bool
-    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., op_blocks: _Optional[_Iterable[int]] = ..., drain: _Optional[bool] = ..., may_leave: _Optional[bool] = ...) -> None: ...
+    def __init__(self, plan_id: _Optional[int] = ..., scheduler_epoch: _Optional[int] = ..., reset: _Optional[bool] = ..., lease: _Optional[int] = ..., new_jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_tokens: _Optional[_Iterable[int]] = ..., op_ids: _Optional[_Iterable[int]] = ..., ops: _Optional[_Iterable[_Union[KvOp, str]]] = ..., op_handles: _Optional[_Iterable[int]] = ..., shard: _Optional[str] = ..., op_blocks: _Optional[_Iterable[int]] = ..., export_to: _Optional[_Iterable[_Union[KvPlace, _Mapping]]] = ..., drain: _Optional[bool] = ..., may_leave: _Optional[bool] = ...) -> None: ...
+
+class KvPlace(_message.Message):
+    __slots__ = ("worker_id", "layout", "peers")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    layout: str
+    peers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., layout: _Optional[str] = ..., peers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("handle", "job_id", "token_ids", "prompt_len", "sampling", "traceparent", "cache_salt")
+    __slots__ = ("handle", "job_id", "token_ids", "prompt_len", "sampling", "traceparent", "cache_salt", "imported_tokens")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +165,7 @@ class Job(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    IMPORTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     handle: int
     job_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -156,7 +173,8 @@ class Job(_message.Message):
     sampling: _sampling_pb2.SamplingParams
     traceparent: str
     cache_salt: bytes
-    def __init__(self, handle: _Optional[int] = ..., job_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., traceparent: _Optional[str] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    imported_tokens: int
+    def __init__(self, handle: _Optional[int] = ..., job_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., traceparent: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., imported_tokens: _Optional[int] = ...) -> None: ...
 
 class IterationReport(_message.Message):
     __slots__ = ("worker_epoch", "plan_id", "iteration", "row_handles", "row_new_tokens", "row_computed", "sampled_handles", "sampled_indexes", "sampled_tokens", "finish_reasons", "has_logprobs", "logprobs", "top_counts", "top_ids", "top_logprobs", "stalled_handles", "done_op_ids", "done_status", "done_tokens", "done_bytes", "done_seconds", "free_device_blocks", "free_host_blocks", "started_unix_s", "seconds", "context_tokens", "failed_handles", "failures", "inventory", "cached_handles", "cached_tokens", "draining")
@@ -227,11 +245,13 @@ class IterationReport(_message.Message):
     def __init__(self, worker_epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., iteration: _Optional[int] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_new_tokens: _Optional[_Iterable[int]] = ..., row_computed: _Optional[_Iterable[int]] = ..., sampled_handles: _Optional[_Iterable[int]] = ..., sampled_indexes: _Optional[_Iterable[int]] = ..., sampled_tokens: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., stalled_handles: _Optional[_Iterable[int]] = ..., done_op_ids: _Optional[_Iterable[int]] = ..., done_status: _Optional[_Iterable[_Union[KvStatus, str]]] = ..., done_tokens: _Optional[_Iterable[int]] = ..., done_bytes: _Optional[_Iterable[int]] = ..., done_seconds: _Optional[_Iterable[float]] = ..., free_device_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., started_unix_s: _Optional[float] = ..., seconds: _Optional[float] = ..., context_tokens: _Optional[int] = ..., failed_handles: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[str]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., cached_handles: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Inventory(_message.Message):
-    __slots__ = ("job_ids", "device_tokens", "host_tokens")
+    __slots__ = ("job_ids", "device_tokens", "host_tokens", "place")
     JOB_IDS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     job_ids: _containers.RepeatedScalarFieldContainer[str]
     device_tokens: _containers.RepeatedScalarFieldContainer[int]
     host_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., device_tokens: _Optional[_Iterable[int]] = ..., host_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    place: KvPlace
+    def __init__(self, job_ids: _Optional[_Iterable[str]] = ..., device_tokens: _Optional[_Iterable[int]] = ..., host_tokens: _Optional[_Iterable[int]] = ..., place: _Optional[_Union[KvPlace, _Mapping]] = ...) -> None: ...

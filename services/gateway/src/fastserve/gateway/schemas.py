@@ -30,10 +30,11 @@ def _only(*accepted: object) -> BeforeValidator:
     def check(value: object) -> object:
         if any(type(value) is type(known) and value == known for known in accepted):
             return value
-        if accepted == (None,):
+        shown = [known for known in accepted if known is not None and known != []]
+        if not shown:
             raise PydanticCustomError("unsupported", "this parameter is not supported")
         # JSON as the client writes it; braces would be placeholders in the template.
-        values = ", ".join(json.dumps(known) for known in accepted if known is not None)
+        values = ", ".join(json.dumps(known) for known in shown)
         raise PydanticCustomError("unsupported", "only {values} is supported", {"values": values})
 
     return BeforeValidator(check)

@@ -36,17 +36,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             stack.callback(disk.close)
         owners = Owners(settings, metrics, disk)
         stack.push_async_callback(owners.close)
-        server = GrpcServer()
-        service = KvOffload(settings, owners, PeerClient(auth, metrics), metrics)
-        pb_grpc.add_KvOffloadServiceServicer_to_server(service, server.server)
-        info: dict[str, str | int] = {"address": await server.start(settings.listen)}
-        stack.push_async_callback(server.stop, settings.shutdown_timeout)
-        if settings.health_listen:
-            info["health_address"] = await server.start_health(settings.health_listen)
+        info: dict[str, str | int] = {}
         if settings.peer_listen:
             peers = _peer_server(owners, auth, metrics)
             info["peer_address"] = await peers.start(settings.peer_listen, auth.tls)
             stack.push_async_callback(peers.stop, settings.shutdown_timeout)
+        reached = settings.peer_address or str(info.get("peer_address", ""))
+        server = GrpcServer()
+        service = KvOffload(settings, owners, PeerClient(auth, metrics), metrics, reached)
+        pb_grpc.add_KvOffloadServiceServicer_to_server(service, server.server)
+        info["address"] = await server.start(settings.listen)
+        stack.push_async_callback(server.stop, settings.shutdown_timeout)
+        if settings.health_listen:
+            info["health_address"] = await server.start_health(settings.health_listen)
         info["metrics_port"] = serve_metrics(
             metrics.registry, settings.metrics_host, settings.metrics_port
         )

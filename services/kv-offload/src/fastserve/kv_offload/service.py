@@ -33,8 +33,15 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
     """Calls of workers; all methods run on the event loop, so no locks."""
 
     def __init__(
-        self, settings: Settings, owners: Owners, peers: PeerClient, metrics: Metrics
+        self,
+        settings: Settings,
+        owners: Owners,
+        peers: PeerClient,
+        metrics: Metrics,
+        peer_address: str,
     ) -> None:
+        """peer_address: where other sidecars reach this one; "" if they cannot."""
+        self._peer_address = peer_address
         self._settings, self._owners, self._peers = settings, owners, peers
         self._metrics = metrics
         self._epoch = time.time_ns()
@@ -57,6 +64,7 @@ class KvOffload(pb_grpc.KvOffloadServiceServicer):
             free_blocks=tiers.table.room,
             verify=self._settings.verify,
             owner_lease_seconds=self._settings.owner_lease,
+            peer_address=self._peer_address,
         )
 
     @refusing

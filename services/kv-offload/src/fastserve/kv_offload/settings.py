@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from fastserve.common.rpc import RpcSettings
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_ALL_INTERFACES = ("0.0.0.0", "[::]")
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
@@ -61,6 +62,9 @@ class Settings(RpcSettings):
     peer_listen: str = Field(
         default="", description="host:port for sidecars of other pods (default: none)"
     )
+    peer_address: str = Field(
+        default="", description="host:port at which they reach it (default: that of --peer-listen)"
+    )
     peer_token_file: Path | None = Field(
         default=None, description="file with the secret that sidecars share"
     )
@@ -82,4 +86,7 @@ class Settings(RpcSettings):
             raise ValueError(f"disk folder {self.disk_path} does not exist")
         if self.peer_listen and not (self.peer_token_file or self.tls_cert):
             raise ValueError("--peer-listen needs --peer-token-file or --tls-cert, -key and -ca")
+        host = self.peer_listen.rpartition(":")[0]
+        if host in _ALL_INTERFACES and not self.peer_address:
+            raise ValueError(f"--peer-listen on {host} needs --peer-address: the host to call")
         return self

@@ -35,6 +35,7 @@ class Holder(Enum):
 
     WORKER = auto()
     PEER = auto()
+    NOBODY = auto()  # a peer still writes, but the job was released: it is not committed any more
 
 
 class Move(Enum):
@@ -227,11 +228,15 @@ class SlotTable:
         self._settle(block)
 
     def release(self, job_id: str) -> int:
-        """Forget a job; how many of its blocks and of the worker's reservations that were."""
+        """Forget a job; how many of its blocks and of the worker's reservations that were. What a
+        peer is sending of it will be refused."""
         job = self._jobs.get(job_id)
         if job is None:
             return 0
         slots = [slot for slot, (_, who) in job.reserved.items() if who is Holder.WORKER]
+        for slot, (index, who) in job.reserved.items():
+            if who is Holder.PEER:
+                job.reserved[slot] = (index, Holder.NOBODY)
         freed = len(slots) + len(job.committed)
         for block in job.committed.values():
             self._forget(block)

@@ -251,10 +251,13 @@ class Engine:
 
     async def tick(self) -> None:
         """Deadlines, graces, and whatever the core does as time goes by, until cancelled."""
+        before = self._clock.now()
         while True:
             await asyncio.sleep(_TICK_S)
             self.ticks += 1
             now = self._clock.now()
+            self._forgive(now - before - 2 * _TICK_S)
+            before = now
             for finished in self._core.expire(now):
                 self._end_job(finished.job_id, finished.reason, finished.error, now)
             for record in self._jobs.abandoned(now):
@@ -264,6 +267,11 @@ class Engine:
             self._core.balance(now)
             self._cut_silent(now)
             self._changed.set()
+
+    def _forgive(self, stood_s: float) -> None:
+        """This process stood still for a while: what workers said meanwhile is not read yet."""
+        for link in self._links.values():
+            link.last_heard += max(0.0, stood_s)
 
     def _cut_silent(self, now: float) -> None:
         """A worker that hangs keeps its connection: end it, so that its jobs go elsewhere."""

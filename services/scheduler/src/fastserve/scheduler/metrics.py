@@ -14,6 +14,7 @@ from fastserve.scheduler.core import CostModel
 _FAST: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _ITERATION: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _PAUSES: Final = (0.0, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_ITERATIONS: Final = (0, 1, 2, 3, 4, 6, 10, 20, 50)
 _COUNTS: Final = (0, 1, 2, 3, 5, 8, 13, 21, 34)
 
 
@@ -52,7 +53,8 @@ class Metrics:
         )
         self.moved_tokens = counter(
             "fastserve_kv_tokens",
-            "Tokens whose KV was offloaded, uploaded, recomputed or found in the prefix cache",
+            "Tokens whose KV was offloaded, uploaded, recomputed, sent to another worker or found "
+            "in the prefix cache",
             "operation",
         )
         self.kv_wait = counter(
@@ -113,6 +115,14 @@ class Metrics:
         self.migrations = counter(
             "fastserve_migrations", "Jobs that went to another worker group", "cause"
         )
+        self.exports = counter(
+            "fastserve_kv_exports", "KV caches sent ahead of jobs that move", "outcome"
+        )
+        self.pauses = histogram(
+            "fastserve_migration_pause_iterations",
+            "Iterations of the new group without a token of a job that ran at another one before",
+            _ITERATIONS,
+        )
         self.gateways = gauge("fastserve_gateways_connected", "Gateways with an open stream")
         self.running = gauge(
             "vllm:num_requests_running", "Jobs in the batch", "model_name", "engine"
@@ -131,6 +141,11 @@ class Metrics:
                 self.promotions.inc(more)
             elif kind == "migrations":
                 self.migrations.labels(rest).inc(more)
+            elif kind == "exports":
+                self.exports.labels(rest).inc(more)
+            elif kind == "pauses":
+                for _ in range(more):
+                    self.pauses.observe(int(rest))
             elif kind == "tokens":
                 self.moved_tokens.labels(rest).inc(more)
 

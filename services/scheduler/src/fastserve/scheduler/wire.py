@@ -11,6 +11,7 @@ from fastserve.scheduler.core import (
     FinishReason,
     Inventory,
     KvOpKind,
+    KvPlace,
     KvStatus,
     OpDone,
     Plan,
@@ -41,12 +42,14 @@ _OPS: Final = {
     KvOpKind.DROP_HOST: worker_pb2.KV_OP_DROP_HOST,
     KvOpKind.RELEASE: worker_pb2.KV_OP_RELEASE,
     KvOpKind.COPY_OUT: worker_pb2.KV_OP_COPY_OUT,
+    KvOpKind.EXPORT: worker_pb2.KV_OP_EXPORT,
 }
 _STATUS: Final = {
     worker_pb2.KV_STATUS_OK: KvStatus.OK,
     worker_pb2.KV_STATUS_NO_HOST_SPACE: KvStatus.NO_HOST_SPACE,
     worker_pb2.KV_STATUS_NO_DEVICE_SPACE: KvStatus.NO_DEVICE_SPACE,
     worker_pb2.KV_STATUS_LOST: KvStatus.LOST,
+    worker_pb2.KV_STATUS_NOT_SENT: KvStatus.NOT_SENT,
 }
 
 
@@ -83,11 +86,14 @@ def _cost(sample: worker_pb2.CostSample) -> CostSample:
 
 def inventory_of(report: worker_pb2.IterationReport) -> Inventory:
     """Raises `ProtocolError` for arrays that do not match."""
-    held = report.inventory
+    held, place = report.inventory, None
+    if held.place.peers:
+        place = KvPlace(held.place.worker_id, held.place.layout, tuple(held.place.peers))
     try:
         return Inventory(
             device_tokens=dict(zip(held.job_ids, held.device_tokens, strict=True)),
             host_tokens=dict(zip(held.job_ids, held.host_tokens, strict=True)),
+            place=place,
         )
     except ValueError as error:
         raise ProtocolError("inventory with arrays of unequal length") from error
@@ -119,13 +125,17 @@ class StreamCodec:
         self._last_handle = 0
 
     def encode(self, plan: Plan) -> worker_pb2.RunRequest:
-        """A job travels whole the first time a plan names it."""
+        """A job travels whole the first time a plan names it, and when the core wants that."""
         request = worker_pb2.RunRequest()
         wire = request.plan
         wire.plan_id = plan.plan_id + RESET_PLAN_ID
         wire.scheduler_epoch = self._epoch
         wire.lease = plan.lease
         wire.may_leave = plan.may_leave
+        for job_id, imported in plan.introduce.items():
+            self._job_ids.pop(self._handles.pop(job_id, 0), None)
+            self._handle(job_id, wire)
+            wire.new_jobs[-1].imported_tokens = imported
         for row in plan.rows:
             wire.row_handles.append(self._handle(row.job.spec.job_id, wire))
             wire.row_tokens.append(row.tokens)
@@ -135,6 +145,9 @@ class StreamCodec:
             wire.ops.append(_OPS[op.kind])
             wire.op_handles.append(handle)
             wire.op_blocks.append(op.blocks)
+            if op.to is not None:
+                worker_id, layout, peers = op.to
+                wire.export_to.add(worker_id=worker_id, layout=layout, peers=peers)
             if op.kind is KvOpKind.RELEASE:
                 self._releases[op.op_id] = handle
         return request

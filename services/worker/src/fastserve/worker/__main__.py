@@ -45,6 +45,7 @@ from fastserve.worker.parallel.watch import lost
 from fastserve.worker.service import Worker
 from fastserve.worker.settings import Settings
 from fastserve.worker.staging import KvStaging, SidecarLost
+from fastserve.worker.staging.types import rank_name
 
 log = structlog.get_logger(__name__)
 _LAST_REPORTS_S = 0.5
@@ -93,7 +94,7 @@ async def _attach_staging(
     worker_id = settings.worker_id
     if rank is not None:
         meaning += f":{rank.group.tp}x{rank.group.pp}"
-        worker_id += f"/{rank.group.rank}"  # each rank has a pool for its slice
+        worker_id = rank_name(worker_id, rank.group.rank)
     arguments = (
         settings.kv_offload,
         worker_id,

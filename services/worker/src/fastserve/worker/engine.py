@@ -47,6 +47,7 @@ class NewJob:
     params: SamplingParams
     traceparent: str
     salt: bytes = b""  # jobs with the same one share KV of equal beginnings; b"": with nobody
+    imported: int = 0  # tokens that another worker group sent to our sidecar
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +202,13 @@ class Engine:
             if job.host_tokens > common:
                 # The host may have KV of output that was lost and sampled again, rounded otherwise.
                 job.certain = min(job.certain, max(common, new.prompt_len))
+            self._by_handle.pop(job.handle, None)  # it may be named again on the same stream
             job.tokens, job.prompt_len, job.params = new.token_ids, new.prompt_len, new.params
             job.handle, job.finished = new.handle, False
             job.keys, job.registered = [], 0
         job.traceparent, job.salt = new.traceparent, new.salt
+        if new.imported:
+            job.host_tokens, job.host_generation = new.imported, self.kv_ops.generation
         self._by_handle[new.handle] = job
         why = self._why_unfit(new)
         if why:

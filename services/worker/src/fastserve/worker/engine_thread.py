@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -26,6 +27,8 @@ from fastserve.worker.staging import (
     HostCopyLost,
     KvStaging,
     NoHostSpace,
+    NotSent,
+    Place,
     SidecarLost,
 )
 
@@ -130,6 +133,8 @@ class StagingMover:
     ) -> None:
         self._thread, self._loop = thread, loop
         self._tasks: set[asyncio.Task[None]] = set()
+        self._exports: set[asyncio.Task[Copied]] = set()
+        self._may_send = False
         self._metrics = metrics
         self.staging = staging
 
@@ -183,14 +188,54 @@ class StagingMover:
 
         self._start("", run, done)
 
+    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
+        self._begin(lambda: self._export(job_id, blocks, to), done)
+
+    def allow_exports(self, allowed: bool) -> None:
+        """Without a scheduler nothing is sent: nobody would hear that it arrived."""
+        self._may_send = allowed
+        if not allowed:
+            for sending in self._exports:
+                sending.cancel()
+
+    async def _export(
+        self, job_id: str, blocks: Sequence[BlockRef], to: Place
+    ) -> tuple[OpStatus, Copied]:
+        stored = _NOTHING
+        if self.staging is None:
+            return OpStatus.NOT_SENT, _NOTHING
+        if blocks:
+            status, stored = await self._outcome(
+                "out", lambda staging: staging.store(job_id, blocks)
+            )
+            if status is not OpStatus.OK:
+                return status, stored
+        if not self._may_send:
+            return OpStatus.NOT_SENT, replace(stored, bytes=0)
+        sending = self._loop.create_task(self.staging.export(job_id, to))
+        self._exports.add(sending)
+        sending.add_done_callback(self._exports.discard)
+        await asyncio.wait([sending])
+        error = None if sending.cancelled() else sending.exception()
+        if sending.cancelled() or isinstance(error, (NotSent, SidecarLost)):
+            log.warning("KV was not sent", job_id=job_id, reason=str(error or "the scheduler left"))
+            return OpStatus.NOT_SENT, replace(stored, bytes=0)
+        sent = sending.result()
+        return OpStatus.OK, Copied(stored.tokens, sent.bytes, stored.seconds + sent.seconds)
+
     def _start(
         self,
         direction: str,
         run: Callable[[KvStaging], Coroutine[Any, Any, Copied]],
         done: CopyDone,
     ) -> None:
+        self._begin(lambda: self._outcome(direction, run), done)
+
+    def _begin(
+        self, outcome: Callable[[], Coroutine[Any, Any, tuple[OpStatus, Copied]]], done: CopyDone
+    ) -> None:
         async def task() -> None:
-            status, copied = await self._outcome(direction, run)
+            status, copied = await outcome()
             self._thread.post(lambda _: done(status, copied))
 
         def begin() -> None:

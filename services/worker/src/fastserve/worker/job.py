@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from fastserve.worker.model.sampling import SamplingParams
+from fastserve.worker.staging.types import Place
 
 
 class OpKind(Enum):
@@ -19,6 +20,7 @@ class OpKind(Enum):
     DROP_HOST = auto()
     RELEASE = auto()
     COPY_OUT = auto()
+    EXPORT = auto()
 
 
 class OpStatus(Enum):
@@ -28,21 +30,28 @@ class OpStatus(Enum):
     NO_HOST_SPACE = auto()
     NO_DEVICE_SPACE = auto()
     LOST = auto()
+    NOT_SENT = auto()
+
+
+_BESIDE_ROWS = (OpKind.COPY_OUT, OpKind.EXPORT)
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A KV operation the scheduler asked for; `blocks`: the most that a COPY_OUT copies."""
+    """A KV operation the scheduler asked for; `blocks`: the most that COPY_OUT and EXPORT copy;
+    `to`: where an EXPORT sends to."""
 
     op_id: int
     kind: OpKind
     handle: int
     blocks: int = 0
+    to: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OpResult:
-    """A KV operation that ended; `tokens` on the host (OFFLOAD, COPY_OUT) or device (UPLOAD)."""
+    """A KV operation that ended; `tokens` on the host (OFFLOAD, COPY_OUT, EXPORT) or device
+    (UPLOAD)."""
 
     op_id: int
     status: OpStatus
@@ -89,7 +98,7 @@ class Job:
     def moving(self) -> bool:
         """Its KV is on its way or about to be: no row may use it. Full blocks may be copied beside
         a row, which writes other blocks only."""
-        return any(op.kind is not OpKind.COPY_OUT for op in self.ops)
+        return any(op.kind not in _BESIDE_ROWS for op in self.ops)
 
     @property
     def output_ids(self) -> list[int]:

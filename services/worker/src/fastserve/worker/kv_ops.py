@@ -11,7 +11,7 @@ from typing import Protocol
 
 from fastserve.worker.block_pool import BlockPool, NoFreeBlock
 from fastserve.worker.job import Job, Op, OpKind, OpResult, OpStatus
-from fastserve.worker.staging.types import BlockRef, Copied
+from fastserve.worker.staging.types import BlockRef, Copied, Place
 
 CopyDone = Callable[[OpStatus, Copied], None]
 
@@ -30,6 +30,10 @@ class KvMover(Protocol):
     def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None: ...
 
     def release(self, job_id: str, done: CopyDone) -> None: ...
+
+    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
+        """`store`, then send all that is on the host. `Copied.tokens`: of what was stored, which
+        may have gone well when the sending did not."""
 
 
 class KvOps:
@@ -93,6 +97,8 @@ class KvOps:
                     self._offload(job, op)
                 case OpKind.COPY_OUT:
                     self._copy_out(job, op)
+                case OpKind.EXPORT:
+                    self._export(job, op)
                 case OpKind.UPLOAD:
                     self._upload(job, op)
                 case OpKind.DROP_DEVICE:
@@ -127,15 +133,28 @@ class KvOps:
 
     def _copy_out(self, job: Job, op: Op) -> None:
         """Full blocks are written once, so a row of the job may go on beside the copy."""
+        refs, stored = self._next_full(job, op.blocks)
+        if not refs:
+            self._end(job, op, OpStatus.OK, job.host_tokens)
+            return
+        self._copy(job, lambda done: self._mover.store(job.job_id, refs, done), op, stored)
+
+    def _export(self, job: Job, op: Op) -> None:
+        refs, stored = self._next_full(job, op.blocks)
+        to = op.to
+        if to is None or not stored:
+            self._end(job, op, OpStatus.NOT_SENT, job.host_tokens)
+            return
+        self._copy(job, lambda done: self._mover.export(job.job_id, refs, to, done), op, stored)
+
+    def _next_full(self, job: Job, most: int) -> tuple[list[BlockRef], int]:
+        """The next full blocks that the host lacks, and its tokens once it has them."""
         self._forget_lost(job)
         size = self._block_size
         first = job.host_tokens // size  # a part-filled block that is full by now is stored again
-        end = min(job.computed // size, first + op.blocks)
-        if end <= first:
-            self._end(job, op, OpStatus.OK, job.host_tokens)
-            return
+        end = min(job.computed // size, first + most)
         refs = [BlockRef(i, job.blocks[i], size) for i in range(first, end)]
-        self._copy(job, lambda done: self._mover.store(job.job_id, refs, done), op, end * size)
+        return refs, max(job.host_tokens, end * size)
 
     def _upload(self, job: Job, op: Op) -> None:
         self._forget_lost(job)
@@ -152,7 +171,7 @@ class KvOps:
         self._copy(job, lambda done: self._mover.load(job.job_id, blocks, done), op)
 
     def _copy(self, job: Job, start: Callable[[CopyDone], None], op: Op, stored: int = 0) -> None:
-        """stored: tokens on the host when a COPY_OUT is over."""
+        """stored: tokens on the host when a COPY_OUT or EXPORT is over."""
         self.fence(job, start, lambda status, copied: self._copied(job, op, status, copied, stored))
 
     def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied, stored: int) -> None:
@@ -164,6 +183,10 @@ class KvOps:
         elif op.kind is OpKind.COPY_OUT and status is OpStatus.OK:
             job.host_tokens = tokens = stored
             job.host_generation = self._mover.generation
+        elif op.kind is OpKind.EXPORT:
+            if copied.tokens:
+                job.host_tokens, job.host_generation = stored, self._mover.generation
+            tokens = job.host_tokens
         elif op.kind is OpKind.UPLOAD and status is OpStatus.OK:
             # The last known token is computed again: its logits are the next token's.
             job.computed = tokens = min(job.host_tokens, max(0, len(job.tokens) - 1))

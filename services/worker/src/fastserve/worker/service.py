@@ -115,6 +115,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
                     grpc.StatusCode.FAILED_PRECONDITION, "a newer stream was opened"
                 )
             self._outgoing, self._plan_id = outgoing, plan.plan_id
+            self._mover.allow_exports(True)
             outgoing.put_nowait(inventory)
             reader = asyncio.create_task(self._read(request_iterator, outgoing, plan))
             try:
@@ -125,6 +126,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
             finally:
                 self._outgoing = None
                 self._thread.post(Engine.detach)
+                self._mover.allow_exports(False)
                 reader.cancel()
                 with contextlib.suppress(asyncio.CancelledError, BadPlan, grpc.RpcError):
                     await reader
@@ -173,6 +175,10 @@ class Worker(pb_grpc.WorkerServiceServicer):
         report.inventory.job_ids.extend(held)
         report.inventory.device_tokens.extend(device for device, _ in held.values())
         report.inventory.host_tokens.extend(tokens for _, tokens in held.values())
+        if self._mover.staging is not None:
+            place = report.inventory.place
+            place.worker_id, place.layout = self._description.worker_id, self._mover.staging.layout
+            place.peers.extend(self._mover.staging.peers)
         log.info("serving a scheduler", epoch=self._scheduler_epoch, jobs_held=len(held))
         return report
 

@@ -6,6 +6,7 @@ from fastserve.proto.v1 import sampling_pb2, worker_pb2
 from fastserve.worker.engine import Iteration, NewJob, Plan
 from fastserve.worker.job import Op, OpKind, OpStatus
 from fastserve.worker.model.sampling import SamplingParams
+from fastserve.worker.staging import Place
 
 _OPS = {
     worker_pb2.KV_OP_OFFLOAD: OpKind.OFFLOAD,
@@ -14,12 +15,14 @@ _OPS = {
     worker_pb2.KV_OP_DROP_HOST: OpKind.DROP_HOST,
     worker_pb2.KV_OP_RELEASE: OpKind.RELEASE,
     worker_pb2.KV_OP_COPY_OUT: OpKind.COPY_OUT,
+    worker_pb2.KV_OP_EXPORT: OpKind.EXPORT,
 }
 _STATUS = {
     OpStatus.OK: worker_pb2.KV_STATUS_OK,
     OpStatus.NO_HOST_SPACE: worker_pb2.KV_STATUS_NO_HOST_SPACE,
     OpStatus.NO_DEVICE_SPACE: worker_pb2.KV_STATUS_NO_DEVICE_SPACE,
     OpStatus.LOST: worker_pb2.KV_STATUS_LOST,
+    OpStatus.NOT_SENT: worker_pb2.KV_STATUS_NOT_SENT,
 }
 _FINISH = {
     "": sampling_pb2.FINISH_REASON_UNSPECIFIED,
@@ -41,23 +44,36 @@ def plan_from(message: worker_pb2.Plan) -> Plan:
     op_blocks = message.op_blocks or [0] * len(message.ops)
     if len(op_blocks) != len(message.ops):
         raise BadPlan("op_blocks and ops differ in length")
+    if list(message.ops).count(worker_pb2.KV_OP_EXPORT) != len(message.export_to):
+        raise BadPlan("export_to does not have an entry for each EXPORT")
     if len(set(message.row_handles)) != len(message.row_handles):
         raise BadPlan("a job has two rows")
     unknown = [op for op in message.ops if op not in _OPS]
     if unknown:
         raise BadPlan(f"unknown KV operation {unknown[0]}")
+    places = iter(message.export_to)
     return Plan(
         plan_id=message.plan_id,
         lease=message.lease,
         new_jobs=[_job_from(job) for job in message.new_jobs],
         rows=list(zip(message.row_handles, message.row_tokens, strict=True)),
         ops=[
-            Op(op_id, _OPS[kind], handle, blocks)
+            Op(
+                op_id,
+                _OPS[kind],
+                handle,
+                blocks,
+                _place_from(next(places)) if kind == worker_pb2.KV_OP_EXPORT else None,
+            )
             for op_id, kind, handle, blocks in zip(
                 message.op_ids, message.ops, message.op_handles, op_blocks, strict=True
             )
         ],
     )
+
+
+def _place_from(message: worker_pb2.KvPlace) -> Place:
+    return Place(message.worker_id, tuple(message.peers))
 
 
 def _job_from(message: worker_pb2.Job) -> NewJob:
@@ -73,6 +89,7 @@ def _job_from(message: worker_pb2.Job) -> NewJob:
         params=_sampling_from(message.sampling),
         traceparent=message.traceparent,
         salt=message.cache_salt,
+        imported=message.imported_tokens,
     )
 
 

@@ -3,6 +3,7 @@
 `Scheduler` is the way in. Time is an argument, in seconds; nothing here does I/O.
 """
 
+from fastserve.scheduler.core.config import SchedulerConfig
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.errors import (
     CoreError,
@@ -24,6 +25,7 @@ from fastserve.scheduler.core.types import (
     JobState,
     KvOperation,
     KvOpKind,
+    KvPlace,
     KvState,
     KvStatus,
     KvStrategy,
@@ -39,7 +41,6 @@ from fastserve.scheduler.core.types import (
     Report,
     RowResult,
     SampledToken,
-    SchedulerConfig,
     WorkerInfo,
 )
 
@@ -59,6 +60,7 @@ __all__ = [
     "JobState",
     "KvOpKind",
     "KvOperation",
+    "KvPlace",
     "KvState",
     "KvStatus",
     "KvStrategy",

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from fastserve.scheduler.core.enst import next_scheduled
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.operations import Migration, Stage
 from fastserve.scheduler.core.policies.base import Key
 from fastserve.scheduler.core.types import KvOperation, KvOpKind, KvState, PlanRow, PreemptMode
+
+_SENDABLE = frozenset({KvState.DEVICE, KvState.HOST})
 
 
 @dataclass(slots=True)
@@ -102,14 +105,41 @@ class Draft:
     def release_ended(self) -> None:
         """Free what jobs that are over still hold, before anything else."""
         group = self.group
-        for job_id, leftover in group.to_release.items():
+        for job_id, leftover in list(group.to_release.items()):
+            if group.releases(job_id):
+                continue  # more of it came meanwhile
             op_id = group.release(job_id, leftover)
             self.ops.append(KvOperation(op_id, KvOpKind.RELEASE, job_id))
-        group.to_release.clear()
+            del group.to_release[job_id]
         for job in group.to_drop:
             if job.live and job.op is None and job.kv is KvState.DEVICE:
                 self.operate(KvOpKind.DROP_DEVICE, job)
         group.to_drop.clear()
+
+    def move_kv(self) -> None:
+        """Begin to send what goes to other groups, and to upload what came from them."""
+        group = self.group
+        for job, migration in group.leaving.items():
+            if migration.stage is Stage.WANTED and job.op is None and job.kv in _SENDABLE:
+                self._send(job, migration)
+        for job_id, migration in group.coming.items():
+            if migration.stage is Stage.SENT:
+                op_id = group.take_in(migration, self.now)
+                self.ops.append(KvOperation(op_id, KvOpKind.UPLOAD, job_id))
+
+    def _send(self, job: Job, migration: Migration) -> None:
+        group = self.group
+        more = group.full_to_store(job) if job.kv is KvState.DEVICE else 0
+        copies = max(0, min(more, group.host_free))
+        held = group.blocks(job.host_tokens)
+        op_id = group.operation(KvOpKind.EXPORT, job, self.now, held + copies)
+        group.ops[op_id].migration = migration
+        migration.stage = Stage.SENDING
+        if copies:
+            partial = bool(job.host_tokens % group.info.block_size)  # it is stored anew first
+            group.book_host(job, held + partial + copies)
+        to = migration.to.place
+        self.ops.append(KvOperation(op_id, KvOpKind.EXPORT, job.job_id, copies, to))
 
 
 def host_need(group: Group, job: Job) -> int:

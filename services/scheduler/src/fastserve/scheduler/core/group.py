@@ -6,18 +6,21 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fastserve.scheduler.core.config import SchedulerConfig
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.fair_queue import FairQueue
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.operations import Leftover, Migration, Operation, Stage
 from fastserve.scheduler.core.policies import Policy, policy_named
+from fastserve.scheduler.core.prefixes import Prefixes
 from fastserve.scheduler.core.transfers import Newcomers, Pace, Transfers
 from fastserve.scheduler.core.types import (
     Inventory,
     JobState,
     KvOpKind,
+    KvPlace,
     KvState,
     PlanRow,
-    SchedulerConfig,
     WorkerInfo,
 )
 
@@ -36,27 +39,6 @@ class SentPlan:
 
 
 @dataclass(slots=True)
-class Leftover:
-    """What a job that is over still holds at the worker, in blocks."""
-
-    device: int
-    host: int
-    busy: bool = False  # another operation has to end first
-
-
-@dataclass(slots=True)
-class Operation:
-    """A KV operation under way. `job` None: it is elsewhere now, or this releases `leftover`."""
-
-    kind: KvOpKind
-    job: Job | None
-    job_id: str
-    leftover: Leftover | None = None
-    began: float = 0.0  # the plan that holds it was made
-    blocks: int = 0  # to be copied
-
-
-@dataclass(slots=True)
 class Group:
     """State of one worker group. Blocks are booked before the worker can need them."""
 
@@ -66,6 +48,7 @@ class Group:
     cost: CostModel = field(init=False)
     policy: Policy = field(init=False)
     queue: FairQueue = field(init=False)
+    prefixes: Prefixes = field(init=False)
     jobs: dict[str, Job] = field(default_factory=dict)  # those of the queue by id
     running: int = 0  # jobs with a row
     waiting: OrderedDict[Job, None] = field(default_factory=OrderedDict)
@@ -82,17 +65,25 @@ class Group:
     ops: dict[int, Operation] = field(default_factory=dict)
     to_release: dict[str, Leftover] = field(default_factory=dict)
     to_drop: list[Job] = field(default_factory=list)
+    place: KvPlace | None = None  # where it takes KV of other groups
+    leaving: dict[Job, Migration] = field(default_factory=dict)  # whose KV goes to another group
+    coming: dict[str, Migration] = field(default_factory=dict)  # KV of other groups, by job id
+    unreachable: dict[str, float] = field(default_factory=dict)
+    #   groups that could not be sent KV, and when that is tried again
+    introduce: dict[str, int] = field(default_factory=dict)  # as in the next plan
+    renew: dict[Job, None] = field(default_factory=dict)  # to be introduced with their next row
     host_reopens: float = 0.0  # when a host that refused blocks is tried again
     host_closed: bool = False
     outward: Transfers = field(default_factory=Transfers)
     inward: Transfers = field(default_factory=Transfers)
+    exports: Transfers = field(default_factory=Transfers)
     pace: Pace = field(default_factory=Pace)
     newcomers: Newcomers = field(default_factory=Newcomers)
     draining: bool = False  # takes no new jobs, and gives away those that it has
     dismissed: bool = False  # it may leave
     restate: bool = False  # a plan is due, whatever goes on
-    came: dict[Job, float] = field(default_factory=dict)
-    #   when jobs that ran elsewhere came here to go on, until they do
+    came: dict[Job, tuple[float, int]] = field(default_factory=dict)
+    #   when jobs that ran elsewhere came here to go on, until they do: moment and iteration
     planned_at: float = 0.0  # the last plan was made then
     held_up: int = 0  # jobs among the first of the order, since then, that wait for a copy
     kv_wait_s: float = 0.0  # seconds of such waits, all jobs together
@@ -108,6 +99,8 @@ class Group:
             budget=self.max_tokens,
             place=self.next_place,
         )
+        blocks = info.device_blocks + info.host_blocks
+        self.prefixes = Prefixes(config.prefix_cache, info.block_size, blocks)
         self.queue = FairQueue(
             self.policy.key,
             fair=config.fair_sharing and self.policy.fair,
@@ -151,6 +144,7 @@ class Group:
         self.policy.leave(job)
         if over:
             self.policy.ended(job)
+            self.prefixes.note(job)
         job.row = None  # which holds the job
         self.running -= job.state is JobState.RUNNING
         self.waiting.pop(job, None)
@@ -255,7 +249,8 @@ class Group:
         self.planned_at = now
 
     def operation(self, kind: KvOpKind, job: Job, now: float, blocks: int = 0) -> int:
-        """Begin an operation on a job; returns its id. `blocks`: the most a COPY_OUT copies."""
+        """Begin an operation on a job; returns its id. `blocks`: the most that a COPY_OUT copies,
+        and that an EXPORT sends."""
         self.op_id += 1
         job.op, job.named = kind, True
         op = self.ops[self.op_id] = Operation(kind, job, job.job_id, began=now, blocks=blocks)
@@ -272,7 +267,28 @@ class Group:
         """That of copies of this kind."""
         if kind in (KvOpKind.OFFLOAD, KvOpKind.COPY_OUT):
             return self.outward
+        if kind is KvOpKind.EXPORT:
+            return self.exports
         return self.inward if kind is KvOpKind.UPLOAD else None
+
+    def take_in(self, migration: Migration, now: float) -> int:
+        """Begin the upload of what another group sent; returns the id of the operation."""
+        self.op_id += 1
+        job_id, migration.stage = migration.job.job_id, Stage.COMING
+        blocks = self.blocks(migration.tokens)
+        self.ops[self.op_id] = Operation(
+            KvOpKind.UPLOAD, None, job_id, began=now, blocks=blocks, migration=migration
+        )
+        self.inward.pending += blocks
+        self.introduce[job_id] = migration.tokens
+        return self.op_id
+
+    def leave_behind(self, job_id: str, device: int, host: int, *, busy: bool = False) -> None:
+        """So many blocks that are booked are of a job that is not here: to be released."""
+        leftover = self.to_release.setdefault(job_id, Leftover(0, 0))
+        leftover.device += device
+        leftover.host += host
+        leftover.busy |= busy
 
     def release(self, job_id: str, leftover: Leftover) -> int:
         """Begin the release of a job that is over; returns the id of the operation."""
@@ -285,9 +301,11 @@ class Group:
 
     def holds(self, job_id: str) -> bool:
         """Whether something of an ended job with this id is still to be released."""
-        return job_id in self.to_release or any(
-            op.kind is KvOpKind.RELEASE and op.job_id == job_id for op in self.ops.values()
-        )
+        return job_id in self.to_release or self.releases(job_id)
+
+    def releases(self, job_id: str) -> bool:
+        """Whether it is being released."""
+        return any(op.kind is KvOpKind.RELEASE and op.job_id == job_id for op in self.ops.values())
 
     def send(self, lease: int, rows: list[PlanRow], jobs: set[Job]) -> int:
         """Note a plan that goes out, with its jobs; returns its id. Its rows are booked already."""

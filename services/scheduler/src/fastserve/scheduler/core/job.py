@@ -8,6 +8,7 @@ from fastserve.scheduler.core.types import JobSpec, JobState, KvOpKind, KvState,
 
 if TYPE_CHECKING:
     from fastserve.scheduler.core.fair_queue import Lane
+    from fastserve.scheduler.core.operations import Migration
 
 
 class Job:
@@ -35,6 +36,7 @@ class Job:
         "level",
         "limit",
         "max_len",
+        "migration",
         "moved_len",
         "named",
         "newcomer",
@@ -65,6 +67,7 @@ class Job:
 
         self.lane: Lane  # of its tenant in its group; set while it has one
 
+        self.migration: Migration | None = None  # of its KV to another group, under way
         self.moved_len = 0  # known_len when it last went to another group
 
         # Policy.

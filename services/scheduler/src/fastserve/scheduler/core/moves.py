@@ -1,30 +1,30 @@
 """Which group a job belongs to, and when it goes to another one: on draining, and to even out.
 
-A job that moves is released where it was and goes on elsewhere from its tokens; whatever the former
-group still says of it is no news. Waiting jobs of a draining group go at once. Those with a row
-follow as fast as their new group computes what it lacks, so that meanwhile the others decode on and
-none of them pauses for the prompts of all.
+A job moves with its KV if that can be sent and is cheaper than computing it again
+(`migrations.py`), else from its tokens alone. Then waiting jobs of a draining group go at once;
+those with a row follow as fast as their new group computes what it lacks, so that meanwhile the
+others decode on and none of them pauses for the prompts of all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
-from fastserve.scheduler.core.group import Group, Leftover
+from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.placement import Lengths, completion_s, tokens_to_compute
-from fastserve.scheduler.core.types import (
-    EventKind,
-    JobState,
-    KvOpKind,
-    KvState,
-    PreemptMode,
-    PreemptReason,
+from fastserve.scheduler.core.migrations import Migrations, Tell, forget_kv, sendable
+from fastserve.scheduler.core.operations import Stage
+from fastserve.scheduler.core.placement import (
+    Lengths,
+    can_send,
+    completion_s,
+    send_s,
+    tokens_to_compute,
 )
+from fastserve.scheduler.core.types import EventKind, JobState, PreemptReason
 
-Tell = Callable[[Job, EventKind, float], None]
 # Seconds after which a job that came is not waited for any more before the next one comes.
 _ARRIVAL_S: Final = 1.0
 # A job moves to end sooner only if that saves this share of the time, and so many iterations.
@@ -36,18 +36,27 @@ _AS_GOOD: Final = 0.1
 _AT_ONCE: Final = 16
 _LOOK: Final = 4
 _LESS_CROWDED: Final = 0.7
+# Jobs of a group whose KV is sent at the same time.
+_SENDING: Final = 4
 
 
 class Moves:
     """Assigns jobs to groups. `groups`: those of the scheduler, by worker id."""
 
-    def __init__(self, groups: Mapping[str, Group], tell: Tell, counters: Counter[str]) -> None:
-        self._groups, self._tell, self._counters = groups, tell, counters
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        migrations: Migrations,
+        tell: Tell,
+        counters: Counter[str],
+    ) -> None:
+        self._groups, self._migrations = groups, migrations
+        self._tell, self._counters = tell, counters
         self.lengths = Lengths()
 
     # --- one job -----------------------------------------------------------------------------
 
-    def home(self, job: Job) -> Group | None:
+    def home(self, job: Job, now: float) -> Group | None:
         """The group at which it would end first, or of those that are as good the least crowded;
         None if none takes it."""
         able = [
@@ -57,65 +66,72 @@ class Moves:
         ]
         if len(able) < 2:
             return able[0] if able else None
-        times = [self.completion_s(group, job) for group in able]
+        times = [self.completion_s(group, job, now) for group in able]
         best = min(times) * (1 + _AS_GOOD)
         return min(
             (group for group, seconds in zip(able, times, strict=True) if seconds <= best),
             key=_crowd,
         )
 
-    def completion_s(self, group: Group, job: Job) -> float:
+    def completion_s(self, group: Group, job: Job, now: float) -> float:
         """Seconds until it would end there."""
-        return completion_s(group, job, self.lengths)
+        source = None if job.worker_id is None else self._groups.get(job.worker_id)
+        return completion_s(group, job, self.lengths, source, now)
 
-    def settle(self, group: Group, job: Job, now: float) -> None:
-        """It belongs to this group from now on, and waits."""
-        job.wait_since = now
-        if group.holds(job.job_id):  # it was here before, and is just being released
-            job.op = KvOpKind.RELEASE
-        group.add(job)
+    def _kv_pays(self, job: Job, source: Group, to: Group, now: float) -> bool:
+        """Whether to send its KV ahead: cheaper than computing it, which delays all jobs there."""
+        if not can_send(source, job, to, now):
+            return False
+        tokens = sendable(source, job)
+        return send_s(source, to, tokens) < to.cost.more(0, tokens) * (len(to.jobs) + 1)
 
-    def detach(self, group: Group, job: Job, *, over: bool) -> None:
-        """It is over, or goes elsewhere: what it holds here is to be released."""
-        group.remove(job, over=over)
-        if job.named:
-            group.to_release[job.job_id] = Leftover(job.booked, job.host_booked, job.op is not None)
-        else:
-            group.device_used -= job.booked
-
-    def move(self, job: Job, group: Group, to: Group, reason: PreemptReason, now: float) -> None:
-        """It goes on at `to`, from its tokens."""
-        was_running = job.state is JobState.RUNNING
-        for op in group.ops.values():
-            if op.job is job:
-                op.job = None
-        self.detach(group, job, over=False)
-        forget_kv(job)
-        if was_running:
-            job.state = JobState.PREEMPTED
-            job.preemptions += 1
-            self._counters[f"preemptions.{reason}.{PreemptMode.RECOMPUTE}"] += 1
-            self._tell(job, EventKind.PREEMPTED, now)
-        job.moved_len = job.known_len
-        self.settle(to, job, now)
-        if was_running:
-            to.came[job] = now
-        self._counters[f"migrations.{reason}"] += 1
-        self._tell(job, EventKind.MIGRATED, now)
+    def _send(self, job: Job, source: Group, to: Group, reason: PreemptReason) -> None:
+        """Some at a time: each is there sooner, and has computed less meanwhile."""
+        stages = [migration.stage for migration in source.leaving.values()]
+        if stages.count(Stage.WANTED) + stages.count(Stage.SENDING) < _SENDING:
+            self._migrations.begin(job, source, to, reason)
 
     # --- whole groups ------------------------------------------------------------------------
 
     def evacuate(self, group: Group, now: float) -> None:
         """Take jobs away from a draining group, as far as other groups take them."""
         for job in list(group.queue):
-            running = job.state is JobState.RUNNING
-            to = self.home(job)
-            if to is not None and (not running or _has_time(to, job, now)):
-                self.move(job, group, to, PreemptReason.DRAIN, now)
+            to = None if job.migration is not None else self.home(job, now)
+            if to is None:
+                continue
+            if self._kv_pays(job, group, to, now):
+                self._send(job, group, to, PreemptReason.DRAIN)
+            elif job.state is not JobState.RUNNING or _has_time(to, job, now):
+                self._migrations.move(job, group, to, PreemptReason.DRAIN, now)
+
+    def lose(self, group: Group, now: float) -> list[Job]:
+        """The group is gone: its jobs go to others; those for which there is none."""
+        self._migrations.lost(group)
+        homeless = []
+        for job in list(group.queue):
+            was_running = job.state is JobState.RUNNING
+            group.remove(job, over=False)
+            if was_running:
+                job.state = JobState.PREEMPTED
+                job.preemptions += 1
+                self._counters["preemptions.worker_lost.recompute"] += 1
+                self._tell(job, EventKind.PREEMPTED, now)
+            forget_kv(job)
+            job.worker_id = None
+            if job.migration is not None:
+                self._migrations.rescue(job, job.migration, now)
+            elif (home := self.home(job, now)) is not None:
+                self._migrations.settle(home, job, now)
+            else:
+                homeless.append(job)
+                continue
+            self._counters["migrations.worker_lost"] += 1
+        return homeless
 
     def balance(self, now: float) -> None:
         """Let waiting jobs go where they end sooner, the first in the order before the others."""
         for group in self._groups.values():
+            self._migrations.drop_useless(group)
             if group.draining and group.jobs:
                 self.evacuate(group, now)
         groups = [group for group in self._groups.values() if not group.draining]
@@ -133,7 +149,7 @@ class Moves:
             return False
         looked = 0
         for job in crowded.queue.first(crowded.max_rows + len(crowded.ops) + _LOOK):
-            if job.state is JobState.RUNNING or job.op is not None:
+            if job.state is JobState.RUNNING or job.op is not None or job.migration is not None:
                 continue
             if job.known_len <= job.moved_len:  # it has not got further since it moved
                 continue
@@ -146,31 +162,27 @@ class Moves:
         return False
 
     def _gains(self, job: Job, group: Group, able: list[Group], now: float) -> bool:
-        here = self.completion_s(group, job)
-        times = [(self.completion_s(other, job), at) for at, other in enumerate(able)]
+        here = self.completion_s(group, job, now)
+        times = [(self.completion_s(other, job, now), at) for at, other in enumerate(able)]
         there, at = min(times)
         to = able[at]
         if here - there <= max(_GAIN * here, _GAIN_ITERATIONS * to.cost.decode_s):
             return False
-        self.move(job, group, to, PreemptReason.BALANCE, now)
+        if self._kv_pays(job, group, to, now):
+            self._send(job, group, to, PreemptReason.BALANCE)
+        else:
+            self._migrations.move(job, group, to, PreemptReason.BALANCE, now)
         return True
 
 
-def forget_kv(job: Job) -> None:
-    """What its former group had of it counts no more."""
-    job.kv = KvState.DROPPED if job.peak else KvState.NONE
-    job.computed = job.host_tokens = job.booked = job.host_booked = job.last_plan = 0
-    job.op, job.named = None, False
-
-
 def _crowd(group: Group) -> float:
-    """Jobs per row."""
-    return len(group.jobs) / group.max_rows
+    """Jobs per row, those on their way counted where they will be."""
+    return (len(group.jobs) - len(group.leaving) + len(group.coming)) / group.max_rows
 
 
 def _has_time(group: Group, job: Job, now: float) -> bool:
     """Whether the group can compute what it lacks of the job beside that of others that came."""
-    for other, since in list(group.came.items()):
+    for other, (since, _) in list(group.came.items()):
         if other.remaining <= 1 or now - since > _ARRIVAL_S:
             del group.came[other]
     pending = sum(other.remaining for other in group.came)

@@ -14,6 +14,7 @@ from typing import Final
 
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.migrations import sendable
 from fastserve.scheduler.core.policies.base import Key
 
 # Jobs of a group that are looked at; the others are taken to be like them.
@@ -51,11 +52,34 @@ def tokens_to_compute(group: Group, job: Job) -> int:
     The one place where placement asks what a group has of a job.
     """
     held = max(job.computed, job.host_tokens) if job.worker_id == group.info.worker_id else 0
-    return max(job.known_len - held, 1)
+    return max(job.known_len - (held or group.prefixes.held(job)), 1)
 
 
-def completion_s(group: Group, job: Job, lengths: Lengths) -> float:
-    """Seconds until the job would end at this group if nobody else came."""
+def can_send(source: Group, job: Job, to: Group, now: float) -> bool:
+    """Whether there is KV of the job to send, and the other group can take it."""
+    here, there = source.place, to.place
+    if here is None or there is None or here.layout != there.layout:
+        return False
+    tokens, host_free = sendable(source, job), to.info.host_blocks - to.host_used
+    return (
+        0 < len(here.peers) == len(there.peers)
+        and 0 < source.blocks(tokens) <= host_free
+        and now >= source.unreachable.get(there.worker_id, 0.0)
+        and job.job_id not in to.coming
+        and not to.holds(job.job_id)
+    )
+
+
+def send_s(source: Group, to: Group, tokens: int) -> float:
+    """Seconds until so many tokens of KV are at the other group, as measured; 0 at first."""
+    blocks = source.blocks(tokens)
+    return source.exports.seconds(blocks) + to.inward.seconds(blocks)
+
+
+def completion_s(
+    group: Group, job: Job, lengths: Lengths, source: Group | None, now: float
+) -> float:
+    """Seconds until the job would end at this group if nobody else came. `source`: where it is."""
     others = [other for other in _sample(group) if other is not job]
     scale = len(group.jobs) / max(len(others), 1)
     stand = _standing(group, job, lengths)
@@ -78,9 +102,13 @@ def completion_s(group: Group, job: Job, lengths: Lengths) -> float:
         # Rows become free as those ahead end; with no more of them than rows, after a part of one.
         iterations += output / rows * (ahead - rows + 1) / ahead
     decode_s = group.cost.decode(min(rows, len(group.jobs) + 1))
-    tokens = prompt + tokens_to_compute(group, job)
     rate = group.cost.prefill_tokens_per_s
-    return iterations * decode_s + (tokens / rate if rate else 0.0)
+    token_s = 1 / rate if rate else 0.0
+    own_s = tokens_to_compute(group, job) * token_s
+    if source is not None and source is not group and can_send(source, job, group, now):
+        held = sendable(source, job)
+        own_s = min(own_s, send_s(source, group, held) + (job.known_len - held) * token_s)
+    return iterations * decode_s + prompt * token_s + own_s
 
 
 def _sample(group: Group) -> list[Job]:

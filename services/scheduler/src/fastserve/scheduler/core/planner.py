@@ -24,6 +24,8 @@ from fastserve.scheduler.core.types import (
 )
 
 Tell = Callable[[Job, EventKind, float], None]
+# Operations that leave the device copy as it is.
+_BESIDE_ROWS = frozenset({KvOpKind.COPY_OUT, KvOpKind.EXPORT})
 
 
 def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> Plan | None:
@@ -41,6 +43,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     group.host_closed = now < group.host_reopens
     draft = Draft(group, now)
     draft.release_ended()
+    draft.move_kv()
     head = draft.head = _head(group)
     _choose_rows(draft, chain(head, _behind(group, head)), now)
     group.held_up = kv_planner.held_up(draft)
@@ -55,13 +58,18 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
             group.start(job)
             tell(job, EventKind.STARTED, now)
     group.left = (len(group.waiting), group.running)
-    if not draft.ops and not group.restate and _goes_on(group, draft.rows):
+    for job in [job for job in group.renew if job in draft.chosen]:
+        group.introduce.setdefault(job.job_id, 0)
+        del group.renew[job]
+    quiet = not draft.ops and not group.restate and not group.introduce
+    if quiet and _goes_on(group, draft.rows):
         return None
+    introduce, group.introduce = group.introduce, {}
     group.restate = False
     kv_planner.write_through(draft)
     lease = group.config.lease
     plan_id = group.send(lease, draft.rows, draft.chosen)
-    return Plan(plan_id, lease, draft.rows, draft.ops, may_leave=group.dismissed)
+    return Plan(plan_id, lease, draft.rows, draft.ops, group.dismissed, introduce)
 
 
 def _head(group: Group) -> list[Job]:
@@ -95,16 +103,16 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     # Everything that a decode comes by on its way is a local: there is one per row and iteration.
     group, rows, chosen = draft.group, draft.rows, draft.chosen
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
-    on_host, on_device, copy_out = KvState.HOST, KvState.DEVICE, KvOpKind.COPY_OUT
+    on_host, on_device, beside = KvState.HOST, KvState.DEVICE, _BESIDE_ROWS
     newest, ahead, block_size = group.plan_id, group.outstanding + lease, group.info.block_size
     rows_left, tokens_left = group.policy.size(len(group.waiting))
     partial_prefills = passed = 0
     behind = len(group.queue)
     for job in order:
         behind -= 1
-        if (job.op is not None and job.op is not copy_out) or (
-            passed > look_ahead and not job.booked
-        ):
+        if job.op is not None and not (job.op in beside and job.kv is on_device):
+            continue
+        if passed > look_ahead and not job.booked:
             continue
         known = job.prompt_len + len(job.output)
         if job.last_plan == newest and job.kv is on_device:  # what `need` says, written out

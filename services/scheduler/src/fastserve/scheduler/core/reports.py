@@ -10,6 +10,7 @@ from fastserve.scheduler.core.cost_model import CostModel, Work, chunk, work_of
 from fastserve.scheduler.core.errors import ProtocolError
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.migrations import Migrations
 from fastserve.scheduler.core.types import (
     EventKind,
     Finished,
@@ -32,8 +33,11 @@ End = Callable[[Job, FinishReason, float], None]
 class ReportReader:
     """Applies reports of any group. `end` ends a job."""
 
-    def __init__(self, end: End, tell: Tell, counters: Counter[str]) -> None:
+    def __init__(
+        self, end: End, tell: Tell, counters: Counter[str], migrations: Migrations
+    ) -> None:
         self._end, self._tell, self._counters = end, tell, counters
+        self._migrations = migrations
 
     def apply(self, group: Group, report: Report, now: float) -> Progress:
         """Raises `ProtocolError` for what the worker cannot have seen; nothing has changed then."""
@@ -106,7 +110,7 @@ class ReportReader:
                     self._tell(job, EventKind.DEMOTED, now)
 
     def _tokens(self, group: Group, report: Report, progress: Progress, now: float) -> None:
-        find, tokens = group.jobs.get, progress.tokens
+        find, tokens, came = group.jobs.get, progress.tokens, group.came
         for position, (job_id, index, token, finish) in enumerate(report.sampled):
             job = find(job_id)
             if job is None:
@@ -117,6 +121,11 @@ class ReportReader:
                 output.append(token)
                 length += 1
                 tokens.append((job_id, index, token, position))
+                if not index:
+                    group.prefixes.note(job)
+                if came and job in came:
+                    _, iteration = came.pop(job)
+                    self._counters[f"pauses.{group.iteration - iteration - 1}"] += 1
             elif index > length:
                 text = f"the worker left out tokens {length} to {index - 1}"
                 self._finish(group, job_id, FinishReason.FAILED, text, progress, now)
@@ -144,6 +153,7 @@ class ReportReader:
 
     def _operation(self, group: Group, done: OpDone, now: float) -> None:
         op = group.ops.pop(done.op_id)
+        migration = op.migration
         channel = group.channel(op.kind)
         if channel is not None:
             channel.end(op.began, done.seconds if done.bytes else 0.0, op.blocks)
@@ -155,8 +165,13 @@ class ReportReader:
             if came_back is not None:
                 came_back.op = None
             return
+        if migration is not None and op.kind is KvOpKind.UPLOAD and not migration.over:
+            self._migrations.came(migration, done, now)
+            return
         job = op.job
         if job is None or not job.live:
+            if migration is not None and op.kind is KvOpKind.EXPORT:
+                self._migrations.sent(migration, done, now)
             leftover = group.to_release.get(op.job_id)
             if leftover is not None:
                 leftover.busy = False
@@ -169,6 +184,10 @@ class ReportReader:
                 self._copied_out(group, job, done, now)
             case KvOpKind.UPLOAD:
                 self._uploaded(group, job, done, now)
+            case KvOpKind.EXPORT:
+                self._exported(group, job, done)
+                assert migration is not None
+                self._migrations.sent(migration, done, now)
             case KvOpKind.DROP_DEVICE:
                 job.computed = 0
                 if job.kv is KvState.DROPPED:
@@ -199,6 +218,12 @@ class ReportReader:
             job.host_tokens = done.tokens
         else:
             group.host_reopens = now + _HOST_PAUSE_S
+        group.book_host(job, group.blocks(job.host_tokens))
+
+    def _exported(self, group: Group, job: Job, done: OpDone) -> None:
+        if done.status is KvStatus.OK:
+            self._count(KvOpKind.EXPORT, done.tokens, done)
+        job.host_tokens = done.tokens
         group.book_host(job, group.blocks(job.host_tokens))
 
     def _uploaded(self, group: Group, job: Job, done: OpDone, now: float) -> None:
@@ -238,7 +263,8 @@ def _check_sense(group: Group, report: Report) -> None:
             raise ProtocolError(f"{tokens} tokens in the cache for job {job_id}")
     for done in report.ops:
         op = group.ops[done.op_id]
-        if op.job is not None and done.tokens > op.job.max_len:
+        job = op.job or (op.migration and op.migration.job)
+        if job is not None and done.tokens > job.max_len:
             raise ProtocolError(f"KV operation {done.op_id} moved {done.tokens} tokens of a job")
 
 

@@ -9,12 +9,15 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from fastserve.scheduler.core.backlog import queued_work_s
+from fastserve.scheduler.core.config import SchedulerConfig
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.deadlines import Deadlines, least_seconds
-from fastserve.scheduler.core.errors import IntegrityError, ProtocolError
-from fastserve.scheduler.core.group import Group, Leftover
+from fastserve.scheduler.core.errors import ProtocolError
+from fastserve.scheduler.core.group import Group
+from fastserve.scheduler.core.integrity import check
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.moves import Moves, forget_kv
+from fastserve.scheduler.core.migrations import Migrations
+from fastserve.scheduler.core.moves import Moves
 from fastserve.scheduler.core.planner import make_plan
 from fastserve.scheduler.core.policies import policy_named
 from fastserve.scheduler.core.reports import ReportReader
@@ -33,7 +36,6 @@ from fastserve.scheduler.core.types import (
     Rejection,
     RejectReason,
     Report,
-    SchedulerConfig,
     WorkerInfo,
 )
 
@@ -65,9 +67,10 @@ class Scheduler:
         self._places = itertools.count()
         self._finish_gap_s = 0.0  # average time between two ends
         self._last_finish: float | None = None
-        self._moves = Moves(self._groups, self._tell, self.counters)
+        self._migrations = Migrations(self._groups, self._tell, self.counters)
+        self._moves = Moves(self._groups, self._migrations, self._tell, self.counters)
         self._past_kv_wait = (0.0, 0.0)  # of workers that are gone; see `kv_wait`
-        self._reader = ReportReader(self._end, self._tell, self.counters)
+        self._reader = ReportReader(self._end, self._tell, self.counters, self._migrations)
 
     # --- workers -----------------------------------------------------------------------------
 
@@ -87,13 +90,13 @@ class Scheduler:
         group = Group(info, self.config, lambda: next(self._places), planned_at=now)
         if group.blocks_held(inventory) > info.device_blocks:
             raise ProtocolError(f"worker {info.worker_id} holds more blocks than it has")
-        group.draining = draining
+        group.draining, group.place = draining, inventory.place
         self._groups[info.worker_id] = group
         for job in list(self._homeless):
             wanted = not draining or job.job_id in device or job.job_id in host
             if wanted and group.fits(job.max_len):
                 del self._homeless[job]
-                self._moves.settle(group, job, now)
+                self._migrations.settle(group, job, now)
         for job_id in dict.fromkeys([*device, *host]):
             self._claim(group, job_id, max(device.get(job_id, 0), host.get(job_id, 0)), now)
         unknown = self._take_stock(group, inventory)
@@ -107,7 +110,7 @@ class Scheduler:
         if job is None or there is None or there is group or group.draining:
             return
         if tokens - max(job.computed, job.host_tokens) > group.info.block_size:
-            self._moves.move(job, there, group, PreemptReason.BALANCE, now)
+            self._migrations.move(job, there, group, PreemptReason.BALANCE, now)
 
     def _take_stock(self, group: Group, inventory: Inventory) -> list[str]:
         """Book what the worker holds, then what its jobs need beyond."""
@@ -117,10 +120,10 @@ class Scheduler:
             on_device, on_host = device.get(job_id, 0), host.get(job_id, 0)
             job = self._jobs.get(job_id)
             if job is None or job.worker_id != group.info.worker_id:
-                leftover = Leftover(group.blocks(on_device), group.blocks(on_host))
-                group.device_used += leftover.device
-                group.host_used += leftover.host
-                group.to_release[job_id] = leftover
+                blocks, host_blocks = group.blocks(on_device), group.blocks(on_host)
+                group.device_used += blocks
+                group.host_used += host_blocks
+                group.leave_behind(job_id, blocks, host_blocks)
                 unknown.append(job_id)
                 continue
             job.named = True
@@ -148,22 +151,7 @@ class Scheduler:
         group = self._groups.pop(worker_id)
         waited, ran = self._past_kv_wait
         self._past_kv_wait = (waited + group.kv_wait_s, ran + group.row_s)
-        for job in list(group.queue):
-            was_running = job.state is JobState.RUNNING
-            group.remove(job, over=False)
-            if was_running:
-                job.state = JobState.PREEMPTED
-                job.preemptions += 1
-                self.counters["preemptions.worker_lost.recompute"] += 1
-                self._tell(job, EventKind.PREEMPTED, now)
-            forget_kv(job)
-            job.worker_id = None
-            home = self._moves.home(job)
-            if home is None:
-                self._homeless[job] = None
-            else:
-                self.counters["migrations.worker_lost"] += 1
-                self._moves.settle(home, job, now)
+        self._homeless.update(dict.fromkeys(self._moves.lose(group, now)))
 
     def drain(self, worker_id: str, draining: bool, now: float) -> None:
         """Give the group no new jobs and let those that it has go to others, or end that.
@@ -172,6 +160,12 @@ class Scheduler:
         """
         group = self._groups[worker_id]
         group.draining, group.dismissed, group.restate = draining, False, True
+        self._migrations.turn(group, draining=draining)
+        for job in list(self._homeless):
+            home = self._moves.home(job, now)
+            if home is not None:
+                del self._homeless[job]
+                self._migrations.settle(home, job, now)
         self._moves.balance(now)
 
     def draining(self, worker_id: str) -> bool:
@@ -206,14 +200,16 @@ class Scheduler:
         job_id = spec.job_id
         if not spec.prompt or spec.max_tokens < 1:
             return Rejection(RejectReason.INVALID, "a job needs a prompt and max_tokens >= 1")
-        if job_id in self._jobs or any(group.holds(job_id) for group in self._groups.values()):
+        if job_id in self._jobs or any(
+            group.holds(job_id) or job_id in group.coming for group in self._groups.values()
+        ):
             return Rejection(RejectReason.ALREADY_EXISTS, f"job {job_id} exists")
         if not self._groups:
             return Rejection(RejectReason.NO_WORKER, "no worker is connected", 1)
         if all(group.draining for group in self._groups.values()):
             return Rejection(RejectReason.NO_WORKER, "all workers are about to leave", 1)
         job = Job(spec, next(self._places), now)
-        group = self._moves.home(job)
+        group = self._moves.home(job, now)
         if group is None:
             most = max(self._longest(group) for group in self._groups.values())
             if job.max_len <= most:
@@ -234,7 +230,7 @@ class Scheduler:
             )
         self._jobs[job.job_id] = job
         group.policy.join(job)
-        self._moves.settle(group, job, now)
+        self._migrations.settle(group, job, now)
         self._deadlines.watch(job)
         self._tell(job, EventKind.QUEUED, now)
         return None
@@ -258,11 +254,11 @@ class Scheduler:
         if output:
             # Something of it may be with a worker; what, that worker will say.
             job.state, job.kv, job.peak = JobState.PREEMPTED, KvState.DROPPED, job.known_len - 1
-        group = self._moves.home(job)
+        group = self._moves.home(job, now)
         if group is None:
             self._homeless[job] = None
         else:
-            self._moves.settle(group, job, now)
+            self._migrations.settle(group, job, now)
         self._deadlines.watch(job)
         self._tell(job, EventKind.QUEUED, now)
 
@@ -289,7 +285,7 @@ class Scheduler:
         if group is None:
             del self._homeless[job]
         else:
-            self._moves.detach(group, job, over=True)
+            self._migrations.detach(group, job, over=True)
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._moves.lengths.note(len(job.output))
         job.state = _END_STATES.get(reason, JobState.FINISHED)
@@ -388,37 +384,4 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Count everything again. Raises `IntegrityError`; for tests, it looks at every job."""
-        for group in self._groups.values():
-            _check_group(group)
-        placed = [job for group in self._groups.values() for job in group.queue]
-        placed.extend(self._homeless)
-        _demand(len(placed) == len(set(placed)), "a job stands in two queues")
-        _demand(set(placed) == set(self._jobs.values()), "a live job stands in no queue")
-
-
-def _check_group(group: Group) -> None:
-    jobs = list(group.queue)
-    group.queue.check()
-    ended = [*group.to_release.values()]
-    ended += [op.leftover for op in group.ops.values() if op.leftover is not None]
-    device = sum(job.booked for job in jobs) + sum(leftover.device for leftover in ended)
-    host = sum(job.host_booked for job in jobs) + sum(leftover.host for leftover in ended)
-    _demand(device == group.device_used, f"{group.device_used} blocks booked, not {device}")
-    _demand(host == group.host_used, f"{group.host_used} host blocks booked, not {host}")
-    _demand(group.device_used <= group.info.device_blocks, "more blocks booked than there are")
-    running = [job for job in jobs if job.state is JobState.RUNNING]
-    _demand(len(running) == group.running, f"{group.running} rows, not {len(running)}")
-    for job in jobs:
-        planned = sum(
-            plan.lease_left for plan in group.plans for row in plan.rows if row.job is job
-        )
-        pending = group.pending(job)
-        _demand(pending >= planned, f"{job}: pending {pending}, but {planned} planned")
-        _demand((job in group.resident) == (job.kv is KvState.DEVICE), f"{job}: residence")
-        _demand(group.jobs.get(job.job_id) is job, f"{job} is not known by its id")
-    _demand(len(group.jobs) == len(jobs), f"{len(group.jobs)} jobs by id, not {len(jobs)}")
-
-
-def _demand(condition: bool, message: str) -> None:
-    if not condition:
-        raise IntegrityError(message)
+        check(self._groups.values(), self._jobs.values(), self._homeless)

@@ -23,13 +23,15 @@ from fastserve.worker.staging import (
     HostCopyLost,
     KvStaging,
     NoHostSpace,
+    NotSent,
+    Place,
     SidecarLost,
 )
 from fastserve.worker.staging.types import StagingError
 
 log = structlog.get_logger(__name__)
 _ERRORS: dict[str, type[StagingError]] = {
-    error.__name__: error for error in (NoHostSpace, HostCopyLost, SidecarLost)
+    error.__name__: error for error in (NoHostSpace, HostCopyLost, NotSent, SidecarLost)
 }
 _LIMIT = 1 << 26  # bytes of a line: an inventory of many jobs
 _START_S = 600.0
@@ -105,6 +107,8 @@ class GroupStaging(KvStaging):
 
     async def attach(self, timeout: float = 10.0) -> None:
         replies = await self._all(super().attach(timeout), op="attach")
+        peers = [*self.peers[:1], *(peer for reply in replies for peer in reply["peers"])]
+        self.peers = peers if len(peers) == len(replies) + 1 else []
         self.host_blocks = min([self.host_blocks, *(reply["host"] for reply in replies)])
 
     async def inventory(self) -> dict[str, int]:
@@ -128,6 +132,11 @@ class GroupStaging(KvStaging):
         return await self._copy(
             super().load(job_id, blocks), op="load", job=job_id, blocks=list(blocks)
         )
+
+    async def export(self, job_id: str, to: Place, rank: int = 0) -> Copied:
+        place = {"to": to.worker_id, "peers": list(to.peers)}
+        own = super().export(job_id, to, rank)
+        return await self._copy(own, op="export", job=job_id, **place)
 
     async def copy_cached(self, blocks: Sequence[int]) -> int:
         counts: list[int] = []
@@ -190,7 +199,7 @@ async def obey(group: Group, store: Store, staging: KvStaging | None) -> None:
     writer.write(f"{group.rank}\n".encode())
 
     async def answer(message: dict[str, Any]) -> None:
-        reply = {"id": message["id"], **await _do(message, staging)}
+        reply = {"id": message["id"], **await _do(message, staging, group.rank)}
         writer.write(json.dumps(reply).encode() + b"\n")
 
     tasks: set[asyncio.Task[None]] = set()
@@ -201,13 +210,14 @@ async def obey(group: Group, store: Store, staging: KvStaging | None) -> None:
     writer.close()
 
 
-async def _do(message: dict[str, Any], staging: KvStaging | None) -> dict[str, Any]:
+async def _do(message: dict[str, Any], staging: KvStaging | None, rank: int) -> dict[str, Any]:
     assert staging is not None, "rank 0 has a sidecar and this rank has none"
     reply: dict[str, Any] = {"error": ""}
     try:
         match message["op"]:
             case "attach":
                 await staging.attach()
+                reply["peers"] = staging.peers
             case "inventory":
                 reply["held"] = await staging.inventory()
             case "release":
@@ -217,6 +227,9 @@ async def _do(message: dict[str, Any], staging: KvStaging | None) -> dict[str, A
                 reply |= asdict(await staging.store(message["job"], refs))
             case "load":
                 reply |= asdict(await staging.load(message["job"], message["blocks"]))
+            case "export":
+                to = Place(message["to"], tuple(message["peers"]))
+                reply |= asdict(await staging.export(message["job"], to, rank))
             case "copy_cached":
                 reply["count"] = await staging.copy_cached(message["blocks"])
             case "keep_cached":

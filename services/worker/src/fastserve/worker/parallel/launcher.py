@@ -17,11 +17,13 @@ log = structlog.get_logger(__name__)
 _PR_SET_PDEATHSIG = 1
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _held_port() -> socket.socket:
+    """A free port for rank 0, which listens seconds later; until then the system gives it to no
+    connection and no other server."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rank 0 does the same
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def _die_with_parent() -> None:
@@ -34,12 +36,13 @@ async def launch(size: int, stop: asyncio.Event) -> None:
 
     Raises `StartupError` when one ends by itself; the others are killed first.
     """
+    held = _held_port()
     common = {
         **os.environ,
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(held.getsockname()[1]),
     }
     ranks = [
         await asyncio.create_subprocess_exec(
@@ -64,6 +67,7 @@ async def launch(size: int, stop: asyncio.Event) -> None:
         raise StartupError(f"rank {rank} ended with status {ends[rank].result()}: the group ends")
     finally:
         stopping.cancel()
+        held.close()
         for process in ranks:
             if process.returncode is None:
                 process.kill()

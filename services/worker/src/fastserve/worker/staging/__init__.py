@@ -6,6 +6,8 @@ from fastserve.worker.staging.types import (
     Copied,
     HostCopyLost,
     NoHostSpace,
+    NotSent,
+    Place,
     SidecarLost,
     StagingError,
 )
@@ -16,6 +18,8 @@ __all__ = [
     "HostCopyLost",
     "KvStaging",
     "NoHostSpace",
+    "NotSent",
+    "Place",
     "SidecarLost",
     "StagingError",
 ]

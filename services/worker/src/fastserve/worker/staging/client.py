@@ -25,12 +25,15 @@ from fastserve.worker.staging.types import (
     Copied,
     HostCopyLost,
     NoHostSpace,
+    NotSent,
+    Place,
     SidecarLost,
     StagingError,
 )
 
 log = structlog.get_logger(__name__)
 _TIMEOUT_S = 10.0
+_EXPORT_TIMEOUT_S = 30.0
 _CACHE_TIMEOUT_S = 1.0  # for a piece of the cache: computing it is the other way
 _RENEW_S = 1.0  # by which the sidecar knows that this process lives
 _LOST = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.DATA_LOSS)
@@ -78,6 +81,8 @@ class KvStaging:
         self._renewing: asyncio.Task[None] | None = None
         self.host_blocks = 0
         self.free_host_blocks = 0
+        self.layout = layout
+        self.peers: list[str] = []  # where sidecars of other groups reach ours, if they can
         self.cached_blocks = 0  # of the prefix cache in the pool, after the last save
         self._ending: set[asyncio.Task[None]] = set()  # of reads, whose bytes have come
         self._written: tuple[list[int], list[int]] = ([], [])  # slots to be kept, checksums
@@ -102,6 +107,7 @@ class KvStaging:
             self.host_blocks = reply.capacity_blocks
             self.free_host_blocks = reply.free_blocks
             self._verify = reply.verify
+            self.peers = [reply.peer_address] if reply.peer_address else []
             if self._renewing is not None:
                 self._renewing.cancel()
             self._renewing = asyncio.create_task(
@@ -163,6 +169,23 @@ class KvStaging:
         if copied.bytes < len(blocks) * self._block_bytes:
             raise HostCopyLost(f"job {job_id}: not all of {len(blocks)} blocks came")
         return copied
+
+    async def export(self, job_id: str, to: Place, rank: int = 0) -> Copied:
+        """Send a copy of what is committed of a job to the sidecar of another worker group.
+
+        rank: whose slice this is. Raises `NotSent`, `SidecarLost`.
+        """
+        started = time.perf_counter()
+        await self._attached()
+        peer, name = to.of(rank)
+        request = pb.ExportRequest(job_ids=[job_id], peer=peer, to_worker_id=name, **self._who())
+        try:
+            sent = await self._stub.Export(request, timeout=_EXPORT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:  # ours, of an earlier life
+                raise self._lost(error) from error
+            raise NotSent(f"job {job_id} to {peer}: {_reason(error)}") from error
+        return Copied(0, sent.bytes, time.perf_counter() - started)
 
     async def save(self, blocks: Sequence[int], intact: Callable[[], Sequence[bytes]]) -> Copied:
         """Copy blocks into the prefix cache, as many of the first as there is room for.

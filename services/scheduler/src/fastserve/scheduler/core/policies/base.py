@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, Protocol
 
+from fastserve.scheduler.core.config import SchedulerConfig
 from fastserve.scheduler.core.cost_model import CostModel
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.types import SchedulerConfig
 
 Key = tuple[float, ...]
 Handicap = tuple[int, ...]
