@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from fastserve.worker.model.files import DEFAULT_MODEL, prepare
 from support.cluster import Cluster
 from support.endless_load import EndlessLoad
 from support.tiny_models import tiny_model
 from support.valkey import running_valkey
 
 STREAMS = 24
-TOKENS = 150
-WORDS = 25  # of ten bytes, each a token
 
 
 async def scheduler_metrics(cluster: Cluster) -> dict[str, float]:
@@ -30,23 +29,35 @@ async def scheduler_metrics(cluster: Cluster) -> dict[str, float]:
     return total
 
 
-@pytest.mark.timeout(240)
-async def test_the_kv_of_a_draining_worker_goes_along(tmp_path: Path) -> None:
-    model = tmp_path / "tiny"
-    tiny_model(model)
+async def drained(
+    folder: Path,
+    model: Path,
+    *,
+    tokens: int,
+    words: int,
+    device_blocks: int,
+    patience_s: float = 60.0,
+) -> dict[str, float]:
+    """What the schedulers counted while a worker went away in the middle of the answers.
+
+    words: of the prompts, some ten bytes each. All answers are what they are when nothing happens.
+    """
     with contextlib.ExitStack() as stack:
         valkey = stack.enter_context(running_valkey())
         cluster = Cluster(
-            tmp_path,
+            folder,
             model,
             valkey,
             stack,
-            device_blocks=1600,
-            pod_flags=("--max-num-seqs", "32"),
-            scheduler_flags=("--prefix-cache", "off"),
+            device_blocks=device_blocks,
+            pod_flags=("--max-num-seqs", "32", "--block-size", "16"),
+            scheduler_flags=("--prefix-cache", "off", "--policy", "fcfs"),
             grace_s=20.0,
         )
-        load = EndlessLoad(lambda: cluster.gateways, STREAMS, TOKENS, words=WORDS)
+        name = model.resolve().name
+        load = EndlessLoad(
+            lambda: cluster.gateways, STREAMS, tokens, name, words=words, patience_s=patience_s
+        )
         try:
             await load.learn()
             async with load.running():
@@ -60,20 +71,42 @@ async def test_the_kv_of_a_draining_worker_goes_along(tmp_path: Path) -> None:
         except BaseException:
             print(cluster.logs())
             raise
-
-    def more(name: str) -> float:
-        return after.get(name, 0.0) - before.get(name, 0.0)
-
-    print({name: more(name) for name in after if "pause" in name or "export" in name})
-    moved = more('fastserve_migrations_total{cause="drain"}')
-    with_kv = more('fastserve_kv_exports_total{outcome="moved"}')
-    recomputed = more('fastserve_kv_tokens_total{operation="recomputed"}')
-    sent = more('fastserve_kv_tokens_total{operation="export"}')
-    print(f"{moved=} {with_kv=} {recomputed=} {sent=}")
-    assert moved >= STREAMS / 3 and with_kv >= 0.7 * moved
     assert received['fastserve_kv_tier_bytes_total{direction="in",tier="peer"}'] > 0
-    # All of it would be more than the prompts.
-    assert recomputed < 0.3 * moved * 10 * WORDS
+    return {series: value - before.get(series, 0.0) for series, value in after.items()}
+
+
+def check(counted: dict[str, float], least_tokens: float) -> tuple[float, float]:
+    """Most jobs took their KV along, and less than a third of the least that each has was computed
+    again; jobs that paused less than three iterations, and all that moved."""
+    moved = counted['fastserve_migrations_total{cause="drain"}']
+    with_kv = counted['fastserve_kv_exports_total{outcome="moved"}']
+    recomputed = counted['fastserve_kv_tokens_total{operation="recomputed"}']
     pauses = "fastserve_migration_pause_iterations"
-    assert more(f"{pauses}_count") == moved
-    assert more(f'{pauses}_bucket{{le="2.0"}}') == moved, "a pause of three iterations or more"
+    short, mean = counted[f'{pauses}_bucket{{le="2.0"}}'], counted[f"{pauses}_sum"] / moved
+    print(f"{moved=} {with_kv=} {recomputed=} {short=} {mean=:.1f}")
+    assert counted[f"{pauses}_count"] <= moved
+    assert moved >= STREAMS / 4 and with_kv >= 0.7 * moved
+    assert recomputed < moved * least_tokens / 3
+    return short, moved
+
+
+@pytest.mark.timeout(240)
+async def test_the_kv_of_a_draining_worker_goes_along(tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    tiny_model(model)
+    counted = await drained(tmp_path, model, tokens=150, words=25, device_blocks=800)
+    short, moved = check(counted, 250)
+    # An iteration is shorter than the way to the scheduler and back here.
+    assert short >= moved / 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_the_pause_is_under_three_iterations(tmp_path: Path) -> None:
+    """With a model whose iterations are longer than the way to the scheduler and back."""
+    model = prepare(DEFAULT_MODEL)
+    counted = await drained(
+        tmp_path, model, tokens=60, words=40, device_blocks=400, patience_s=200.0
+    )
+    short, moved = check(counted, 80)
+    assert short == moved

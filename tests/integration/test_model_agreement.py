@@ -53,7 +53,7 @@ class NoCopies:
     def store(self, *_: object) -> NoReturn:
         raise AssertionError("no copy was asked for")
 
-    load = release = save = fetch = store
+    load = release = export = save = fetch = store
 
 
 @dataclass

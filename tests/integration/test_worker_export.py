@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from support.waiting import eventually_async
 from support.worker_driver import LOST, NOT_SENT, OK, RELEASE, UPLOAD
 
 PROMPT = [(7 * n) % 250 for n in range(43)]
-SAMPLING = {"temperature": 2.0, "top_k": 4, "seed": 5}
+SAMPLING: dict[str, Any] = {"temperature": 2.0, "top_k": 4, "seed": 5}
 
 
 def pods(folder: Path, stack: contextlib.ExitStack, **fields: object) -> list[Pod]:

@@ -17,7 +17,6 @@ from support.streams import TIMEOUT, Answer, body_of, stream
 from support.waiting import eventually
 
 _AGAIN_S = 0.1
-_GIVE_UP_S = 60.0
 _PASSING = ("draining", "scheduler_unavailable", "no_workers")
 
 
@@ -32,9 +31,11 @@ class EndlessLoad:
         model: str = "tiny",
         *,
         words: int = 0,
+        patience_s: float = 60.0,
     ) -> None:
         """`urls`: of the gateways that run, asked for each time. words: of ten bytes, that make
-        prompts longer."""
+        prompts longer. patience_s: for an answer."""
+        self._patience_s = patience_s
         self._words = " and again" * words
         self._urls, self._count, self._tokens, self._model = urls, count, tokens, model
         self.expected: list[str] = []
@@ -69,13 +70,13 @@ class EndlessLoad:
             yield
             self._stop = True
 
-    async def rounds(self, answers: int = 1, timeout: float = 60.0) -> None:
+    async def rounds(self, answers: int = 1) -> None:
         """Wait until each stream has completed so many more."""
         goal = [done + answers for done in self.complete]
         await eventually(
             lambda: all(done >= wanted for done, wanted in zip(self.complete, goal, strict=True)),
             "an answer of every stream",
-            timeout,
+            answers * self._patience_s,
         )
 
     async def middle(self) -> None:
@@ -87,7 +88,7 @@ class EndlessLoad:
         await eventually(
             lambda: sum(begun(*live) for live in self._live) >= self._count / 2,
             "streams in the middle",
-            60,
+            self._patience_s,
         )
 
     async def _forever(self, seed: int) -> None:
@@ -99,7 +100,7 @@ class EndlessLoad:
     async def _whole(self, seed: int) -> Answer:
         """One answer, from as many gateways as it takes."""
         whole = Answer()
-        async with asyncio.timeout(_GIVE_UP_S):
+        async with asyncio.timeout(self._patience_s):
             for attempt in range(10_000):
                 urls = self._urls()
                 if urls and await self._part(urls[(seed + attempt) % len(urls)], seed, whole):

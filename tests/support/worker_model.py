@@ -129,7 +129,7 @@ class WorkerModel:
 
     def receive(self, plan: Plan) -> None:
         """A plan arrives; jobs that this stream has not named yet come whole, as they are now."""
-        new = []
+        new: list[Held] = []
         named = [*(row.job.job_id for row in plan.rows), *(op.job_id for op in plan.ops)]
         for job_id in [*plan.introduce, *named]:
             job = self.find(job_id)

@@ -13,7 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 import support
-from fastserve.bench.compare.contenders import Contender, Missing, Needs, llama_cpp, vllm
+from fastserve.bench.compare.contenders import (
+    Contender,
+    Missing,
+    Needs,
+    llama_cpp,
+    openvino,
+    vllm,
+)
 from fastserve.bench.compare.show import ratios
 from fastserve.cli.main import app
 
@@ -36,6 +43,68 @@ sys.exit("it needs a library that is not there")
 QUANTIZE = f"""#!{sys.executable}
 import pathlib, sys
 pathlib.Path(sys.argv[3]).write_text(sys.argv[4])
+"""
+# As much of OpenVINO GenAI as our server of it uses: a token per request and step.
+OPENVINO = """
+import numpy
+
+class GenerationStatus:
+    RUNNING, FINISHED = range(2)
+
+class SchedulerConfig:
+    pass
+
+class GenerationConfig:
+    pass
+
+class Output:
+    generated_ids = [7]
+
+class Encoded:
+    def __init__(self, text):
+        self.input_ids = numpy.zeros((1, len(text.split())))
+
+class Tokenizer:
+    def get_vocab(self):
+        return {"word": 7}
+
+    def encode(self, text):
+        return Encoded(text)
+
+class Handle:
+    def __init__(self, left):
+        self.left, self.unread = left, 0
+
+    def can_read(self):
+        return self.unread > 0
+
+    def read(self):
+        self.unread -= 1
+        return {0: Output()}
+
+    def get_status(self):
+        return GenerationStatus.RUNNING if self.left else GenerationStatus.FINISHED
+
+class ContinuousBatchingPipeline:
+    def __init__(self, weights, config, device):
+        assert open(weights).read() and device == "CPU"
+        self.most, self.handles = config.max_num_seqs, []
+
+    def get_tokenizer(self):
+        return Tokenizer()
+
+    def add_request(self, request_id, prompt, config):
+        assert config.ignore_eos in (True, False) and not config.do_sample
+        self.handles.append(Handle(config.max_new_tokens))
+        return self.handles[-1]
+
+    def has_non_finished_requests(self):
+        return any(handle.left for handle in self.handles)
+
+    def step(self):
+        for handle in [handle for handle in self.handles if handle.left][: self.most]:
+            handle.left -= 1
+            handle.unread += 1
 """
 SILENT = f"""#!{sys.executable}
 import time
@@ -124,6 +193,30 @@ def test_each_gets_the_settings_that_it_is_fastest_with(
     assert int(words[words.index("-c") + 1]) >= 32 * 172
 
 
+def test_a_library_is_measured_behind_a_server_of_ours(
+    tmp_path: Path, gguf: Path, default_model_folder: Path
+) -> None:
+    packages = tmp_path / "env/lib/python3.11/site-packages"
+    (packages / "openvino_genai").mkdir(parents=True)
+    (packages / "openvino_genai/__init__.py").write_text(OPENVINO)
+    script = f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n'
+    program(tmp_path / "env/bin/python", script)
+    llama = program(tmp_path / "llama-server")
+    program(llama.with_name("llama-quantize"), QUANTIZE)
+    result = invoke(
+        *("--only", "openvino", "--openvino", str(tmp_path / "env"), "--gguf", str(gguf)),
+        *("--llama-server", str(llama), "--model", str(default_model_folder)),
+        *("-c", "1,3", "-n", "6", "--output-tokens", "5", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(one["contender"], one["concurrency"]) for one in found] == [
+        (f"OpenVINO {kind}", level) for kind in ("Q4_1", "Q8_0") for level in (1, 3)
+    ]
+    assert all(one["failed"] == 0 and one["output_tokens"] == 30 for one in found)
+    assert all(one["without_usage"] == 0 for one in found)
+
+
 def test_what_is_not_installed_is_told_with_the_way_to_point_at_it(
     tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +224,9 @@ def test_what_is_not_installed_is_told_with_the_way_to_point_at_it(
     needs = Needs(tmp_path, gguf, 8, 172, 2)
     for found in (vllm(needs, None), *llama_cpp(needs, tmp_path / "nothing", ["Q8_0"], tmp_path)):
         assert isinstance(found, Missing) and "--" in found.why
+    for place in (None, tmp_path):
+        (missing,) = openvino(needs, place, [], None, tmp_path)
+        assert isinstance(missing, Missing) and "--openvino" in missing.why
     llama = program(tmp_path / "llama-server")
     (missing,) = llama_cpp(Needs(tmp_path, None, 8, 172, 2), llama, [], tmp_path)
     assert isinstance(missing, Missing) and "--gguf" in missing.why

@@ -145,7 +145,7 @@ def test_every_option_reaches_the_simulator(recorder: Recorder, tmp_path: Path) 
     objects(
         *QUICK, "--tenants", "3", "--policy", "srpt", "--cost-model", str(machine),
         "--max-num-seqs", "5", "--max-num-batched-tokens", "77", "--kv-tokens", "999",
-        "--host-kv-tokens", "88", "--pcie-gbps", "1.5", "--kv-strategy", "defer",
+        "--host-kv-tokens", "88", "--pcie-gbps", "1.5", "--copy-ms", "6", "--kv-strategy", "defer",
         "--block-size", "8", "--lease", "2", "--starvation-threshold", "0.3",
         "--workers", "2", "--worker-speed", "1,0.5",
         "--set", "levels=6", "--set", "quantum-ratio=4",
@@ -155,7 +155,8 @@ def test_every_option_reaches_the_simulator(recorder: Recorder, tmp_path: Path) 
     assert found.speeds == (1.0, 0.5)
     assert {job.tenant for job in recorder.jobs} == {"tenant-1", "tenant-2", "tenant-3"}
     assert (found.policy, found.max_num_seqs, found.max_num_batched_tokens) == ("srpt", 5, 77)
-    assert (found.kv_tokens, found.host_kv_tokens, found.pcie_gbps) == (999, 88, 1.5)
+    assert (found.kv_tokens, found.host_kv_tokens) == (999, 88)
+    assert (found.pcie_gbps, found.copy_ms) == (1.5, 6)
     assert (found.kv_strategy, found.block_size, found.lease) == (KvStrategy.DEFER, 8, 2)
     assert found.scheduler == {"levels": 6, "quantum_ratio": 4.0, "starvation_s": 0.3}
 
@@ -198,6 +199,7 @@ def test_the_defaults_are_those_of_the_paper_and_of_the_cost_model(recorder: Rec
         ("--workers 2 --worker-speed 1", "--worker-speed has 1 values for 2 workers"),
         ("--workers 2 --worker-speed 1,0", "--worker-speed must be greater than 0"),
         ("--worker-speed fast", "--worker-speed: 'fast' is not a number"),
+        ("--copy-ms -1", "'--copy-ms'"),
         ("--pcie-gbps 0", "--pcie-gbps must be greater than 0"),
         ("--kv-strategy hope", "--kv-strategy: 'hope' is unknown: choose one of proactive"),
         ("--starvation-threshold 0", "starvation_s must be greater than 0"),

@@ -3,6 +3,8 @@ whatever fails on the way, the job goes on and nothing stays behind."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fastserve.scheduler.core import Job, JobState, KvOpKind, KvPlace, KvState, PreemptReason
@@ -12,7 +14,7 @@ from support.worker_groups import Groups
 PROMPT = 100
 
 
-def running(*, jobs: int = 4, steps: int = 20, **worker: int) -> Groups:
+def running(*, jobs: int = 4, steps: int = 20, **worker: Any) -> Groups:
     """Two groups with half of the jobs each, all of which decode."""
     groups = Groups({"a": 1.0, "b": 1.0}, peers=True, max_num_seqs=8, **worker)
     for number in range(jobs):

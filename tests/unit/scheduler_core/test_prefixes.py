@@ -58,7 +58,7 @@ def submit(groups: Groups, name: str, prompt: range, **spec: Any) -> str | None:
     spec = {"tenant": "t", **spec}
     groups.scheduler.submit(JobSpec(name, tuple(prompt), 20, groups.now, **spec), groups.now)
     placed = groups.scheduler.job(name)
-    return placed and placed.worker_id
+    return placed.worker_id if placed is not None else None
 
 
 def test_a_newcomer_goes_where_its_beginning_was_computed() -> None:

@@ -19,7 +19,7 @@ from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.config import ModelConfig, Rope
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.sampling import SampleRow, SamplingParams, sample
-from fastserve.worker.staging import BlockRef, Copied
+from fastserve.worker.staging import BlockRef, Copied, Place
 
 VOCAB = 64
 BLOCK = 4
@@ -236,6 +236,9 @@ class FakeMover:
             done(OpStatus.OK, self._copied([BLOCK] * len(run)))
 
         self.under_way.append(Copy("load", "", list(blocks), end))
+
+    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
+        raise AssertionError("there is no other worker")
 
     def _make_room(self) -> None:
         used = sum(len(blocks) for blocks in self.host.values())

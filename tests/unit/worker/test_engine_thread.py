@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import cast
 
@@ -10,6 +11,9 @@ import pytest
 
 from fastserve.worker.engine import Engine, Iteration
 from fastserve.worker.engine_thread import EngineThread
+from fastserve.worker.job import OpResult, OpStatus
+from fastserve.worker.kv_ops import CopyEnd
+from fastserve.worker.staging.types import Copied
 from support.waiting import eventually
 
 
@@ -28,7 +32,7 @@ class _Broken:
 async def test_a_bug_ends_the_thread_and_is_told() -> None:
     thread = EngineThread(asyncio.get_running_loop())
     engine = _Broken()
-    thread.start(cast(Engine, engine), lambda _: None)
+    thread.start(cast(Engine, engine), lambda _: None, lambda _: None)
 
     def run(_: Engine) -> None:
         engine.runnable = True
@@ -41,7 +45,7 @@ async def test_a_bug_ends_the_thread_and_is_told() -> None:
 
 async def test_questions_are_answered_between_iterations() -> None:
     thread = EngineThread(asyncio.get_running_loop())
-    thread.start(cast(Engine, _Broken()), lambda _: None)
+    thread.start(cast(Engine, _Broken()), lambda _: None, lambda _: None)
     async with asyncio.timeout(10):
         assert await thread.ask(lambda engine: engine.runnable) is False
     await thread.stop()
@@ -77,17 +81,50 @@ class _Ending(_Leased):
 async def test_what_ended_is_told_before_the_next_iteration_runs() -> None:
     thread = EngineThread(asyncio.get_running_loop())
     engine, seen = _Ending(), list[Iteration]()
-    thread.start(cast(Engine, engine), seen.append)
+    thread.start(cast(Engine, engine), seen.append, lambda _: None)
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 2)
     await thread.stop()
     assert [report.iteration for report in seen] == [0, 1]
 
 
+class _Long(_Leased):
+    """Its iteration lasts until it may end."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def step(self) -> Iteration:
+        self.begun.set()
+        self.may_end.wait(10)
+        return super().step()
+
+
+async def test_a_copy_that_ends_is_told_at_once_and_counts_before_the_plan_that_follows() -> None:
+    thread = EngineThread(asyncio.get_running_loop())
+    engine, order, told = _Long(), list[str](), list[OpResult]()
+    thread.start(cast(Engine, engine), lambda _: None, told.append)
+    thread.post(lambda _: engine.plan())
+    await eventually(engine.begun.is_set)
+    end = CopyEnd(
+        lambda status, copied: order.append("ended"),
+        lambda status, copied: OpResult(7, status, 16, copied.bytes, copied.seconds),
+    )
+    thread.ended(end, OpStatus.OK, Copied(16, 4096, 0.5))
+    assert told == [OpResult(7, OpStatus.OK, 16, 4096, 0.5)] and not order
+    thread.post(lambda _: order.append("planned"))
+    engine.may_end.set()
+    await eventually(lambda: order == ["ended", "planned"])
+    thread.ended(end, OpStatus.OK, Copied(16, 4096, 0.5))  # nothing runs: `run` sees to it
+    await eventually(lambda: order == ["ended", "planned", "ended"])
+    await thread.stop()
+    assert len(told) == 1
+
+
 async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:
     thread = EngineThread(asyncio.get_running_loop())
     engine, seen = _Leased(), list[Iteration]()
-    thread.start(cast(Engine, engine), seen.append)
+    thread.start(cast(Engine, engine), seen.append, lambda _: None)
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 1)
     waited = time.perf_counter()

@@ -152,6 +152,14 @@ def simulate(
         float,
         typer.Option(help="Host link, 10^9 bytes/s each way.", rich_help_panel=_MACHINE),
     ] = 25.0,
+    copy_ms: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="What a copy to or from the host takes beside its bytes (calls, waiting).",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = 0.0,
     block_size: Annotated[
         int, typer.Option(min=1, help="Tokens in a KV block.", rich_help_panel=_MACHINE)
     ] = 16,
@@ -275,6 +283,7 @@ def simulate(
             kv_tokens=kv_tokens,
             host_kv_tokens=host_kv_tokens,
             pcie_gbps=pcie_gbps,
+            copy_ms=copy_ms,
             block_size=block_size,
             policies=policy or [],
             kv_strategy=kv_strategy,

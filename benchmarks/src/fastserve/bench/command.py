@@ -68,6 +68,7 @@ class Asked:
     kv_tokens: str | None
     host_kv_tokens: int | None
     pcie_gbps: float
+    copy_ms: float
     block_size: int
     policies: Sequence[str]
     kv_strategy: str
@@ -154,6 +155,7 @@ def _options(asked: Asked, policy: str) -> SimOptions:
             kv_tokens=kv_tokens,
             host_kv_tokens=host_kv_tokens,
             pcie_gbps=asked.pcie_gbps,
+            copy_ms=asked.copy_ms,
             kv_strategy=read.kv_strategy(asked.kv_strategy),
             block_size=asked.block_size,
             lease=asked.lease,

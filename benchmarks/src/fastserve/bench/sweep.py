@@ -158,6 +158,7 @@ def _flat(run: Run, found: Report) -> dict[str, Any]:
         "kv_tokens": options.kv_tokens,
         "host_kv_tokens": options.host_kv_tokens,
         "pcie_gbps": options.pcie_gbps,
+        "copy_ms": options.copy_ms,
         "kv_strategy": str(options.kv_strategy),
         "block_size": options.block_size,
         "lease": options.lease,

@@ -27,7 +27,8 @@ class SimOptions:
     """One deployment: the scheduler's options, and the machine that it drives.
 
     kv_tokens: device KV memory in tokens, None for unlimited; host_kv_tokens likewise on the host,
-    0 for none. pcie_gbps: 10^9 bytes per second in each direction. speeds: of the worker groups,
+    0 for none. pcie_gbps: 10^9 bytes per second in each direction.
+    copy_ms: what a copy takes beside its bytes. speeds: of the worker groups,
     one each, against the hardware's formula. scheduler: further fields of `SchedulerConfig`.
     """
 
@@ -38,6 +39,7 @@ class SimOptions:
     kv_tokens: int | None = None
     host_kv_tokens: int = 0
     pcie_gbps: float = 25.0
+    copy_ms: float = 0.0
     kv_strategy: str = "proactive"
     block_size: int = 16
     lease: int = 4

@@ -35,6 +35,7 @@ class SimWorker:
         """speed: how many times as fast as the hardware says."""
         self._hardware, self._speed = options.hardware, speed
         self._seconds_per_token = options.hardware.kv_bytes_per_token / (options.pcie_gbps * 1e9)
+        self._fixed_s = options.copy_ms / 1e3
         self._info = info
         self._held: dict[str, _Held] = {}
         self._rows: list[tuple[_Held, int]] = []
@@ -64,16 +65,16 @@ class SimWorker:
         end, tokens, moved = now, 0, 0
         if kind is KvOpKind.OFFLOAD:
             tokens, moved = held.computed, max(0, held.computed - held.host)
-            end = self._out_free = max(now, self._out_free) + moved * self._seconds_per_token
+            end = self._out_free = max(now, self._out_free) + self._copy_s(moved)
         elif kind is KvOpKind.COPY_OUT:
             in_block = self._info.block_size
             first = held.host // in_block
             last = min(held.computed // in_block, first + blocks)
             tokens, moved = max(held.host, last * in_block), max(0, last - first) * in_block
-            end = self._out_free = max(now, self._out_free) + moved * self._seconds_per_token
+            end = self._out_free = max(now, self._out_free) + self._copy_s(moved)
         elif kind is KvOpKind.UPLOAD:
             tokens = moved = min(held.host, held.known - 1)
-            end = self._in_free = max(now, self._in_free) + moved * self._seconds_per_token
+            end = self._in_free = max(now, self._in_free) + self._copy_s(moved)
         elif kind is KvOpKind.DROP_DEVICE:
             held.computed = 0
         elif kind is KvOpKind.RELEASE:
@@ -83,6 +84,9 @@ class SimWorker:
         size = moved * self._hardware.kv_bytes_per_token
         done = OpDone(op_id, KvStatus.OK, tokens, size, end - now)
         self._copies.append((end, done, held, kind))
+
+    def _copy_s(self, tokens: int) -> float:
+        return self._fixed_s + tokens * self._seconds_per_token if tokens else 0.0
 
     @property
     def runnable(self) -> bool:

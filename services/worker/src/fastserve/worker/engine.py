@@ -202,7 +202,7 @@ class Engine:
             if job.host_tokens > common:
                 # The host may have KV of output that was lost and sampled again, rounded otherwise.
                 job.certain = min(job.certain, max(common, new.prompt_len))
-            if self._by_handle.get(job.handle) is job:  # named again on the same stream
+            if self._by_handle.get(job.handle) is job:  # it is named again on the same stream
                 del self._by_handle[job.handle]
             job.tokens, job.prompt_len, job.params = new.token_ids, new.prompt_len, new.params
             job.handle, job.finished = new.handle, False

@@ -18,8 +18,8 @@ from typing import Any
 import structlog
 
 from fastserve.worker.engine import Engine, Iteration
-from fastserve.worker.job import OpStatus
-from fastserve.worker.kv_ops import CopyDone
+from fastserve.worker.job import OpResult, OpStatus
+from fastserve.worker.kv_ops import CopyDone, CopyEnd
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.staging import (
     BlockRef,
@@ -34,6 +34,7 @@ from fastserve.worker.staging import (
 
 log = structlog.get_logger(__name__)
 Report = Callable[[Iteration], None]
+ReportEnd = Callable[[OpResult], None]
 _NOTHING = Copied(0, 0, 0.0)
 
 
@@ -43,22 +44,32 @@ class EngineThread:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._report: Report = lambda _: None
+        self._report_end: ReportEnd = lambda _: None
+        self._iterating = False
         self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.failure: asyncio.Future[None] = loop.create_future()  # the bug that ended the thread
 
-    def start(self, engine: Engine, report: Report) -> None:
+    def start(self, engine: Engine, report: Report, report_end: ReportEnd) -> None:
         """Start running; the engine belongs to the thread from now on.
 
-        `report` is called on the event loop for whatever there is to report.
+        `report` is called on the event loop for whatever there is to report, `report_end` for a
+        copy that ends while an iteration runs: then the next plan may be here when that is over.
         """
-        self._report = report
+        self._report, self._report_end = report, report_end
         self._thread = threading.Thread(target=self._guarded, args=(engine,), name="engine")
         self._thread.start()
 
     def post(self, action: Callable[[Engine], None]) -> None:
         """Run `action(engine)` on the engine thread at the next iteration boundary."""
         self._inbox.put(action)
+
+    def ended(self, copy: CopyEnd, status: OpStatus, copied: Copied) -> None:
+        """A copy is over. Called on the event loop."""
+        early = copy.result(status, copied) if self._iterating and copy.result else None
+        self.post(lambda _: copy.run(status, copied))
+        if early is not None:
+            self._report_end(early)
 
     async def ask(self, question: Callable[[Engine], Any]) -> Any:
         """Like `post`, and wait for the result."""
@@ -93,7 +104,9 @@ class EngineThread:
                 # that much later.
                 self._emit_ended(engine)
                 began = time.perf_counter()
+                self._iterating = True
                 iteration = engine.step()
+                self._iterating = False
                 if left_at is not None:
                     iteration.control_seconds = began - left_at
                 left_at = time.perf_counter() if engine.has_rows else None
@@ -147,13 +160,13 @@ class StagingMover:
     def generation(self) -> int:
         return self.staging.generation if self.staging is not None else 0
 
-    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None:
+    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyEnd) -> None:
         async def run(staging: KvStaging) -> Copied:
             return await staging.store(job_id, blocks)
 
         self._start("out", run, done)
 
-    def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None:
+    def load(self, job_id: str, blocks: Sequence[int], done: CopyEnd) -> None:
         async def run(staging: KvStaging) -> Copied:
             return await staging.load(job_id, blocks)
 
@@ -173,22 +186,22 @@ class StagingMover:
         async def run(staging: KvStaging) -> Copied:
             return await staging.save(blocks, intact)
 
-        self._start("out", run, done)
+        self._start("out", run, CopyEnd(done))
 
-    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyDone) -> None:
+    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyEnd) -> None:
         async def run(staging: KvStaging) -> Copied:
             return await staging.fetch(keys, blocks)
 
         self._start("in", run, done)
 
-    def release(self, job_id: str, done: CopyDone) -> None:
+    def release(self, job_id: str, done: CopyEnd) -> None:
         async def run(staging: KvStaging) -> Copied:
             await staging.release([job_id])
             return _NOTHING
 
         self._start("", run, done)
 
-    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
+    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyEnd) -> None:
         self._begin(lambda: self._export(job_id, blocks, to), done)
 
     def allow_exports(self, allowed: bool) -> None:
@@ -227,16 +240,16 @@ class StagingMover:
         self,
         direction: str,
         run: Callable[[KvStaging], Coroutine[Any, Any, Copied]],
-        done: CopyDone,
+        done: CopyEnd,
     ) -> None:
         self._begin(lambda: self._outcome(direction, run), done)
 
     def _begin(
-        self, outcome: Callable[[], Coroutine[Any, Any, tuple[OpStatus, Copied]]], done: CopyDone
+        self, outcome: Callable[[], Coroutine[Any, Any, tuple[OpStatus, Copied]]], done: CopyEnd
     ) -> None:
         async def task() -> None:
             status, copied = await outcome()
-            self._thread.post(lambda _: done(status, copied))
+            self._thread.ended(done, status, copied)
 
         def begin() -> None:
             started = self._loop.create_task(task())

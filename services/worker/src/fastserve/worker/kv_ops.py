@@ -7,6 +7,7 @@ it reads or writes stay with the job, so nothing can reuse them early.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastserve.worker.block_pool import BlockPool, NoFreeBlock
@@ -14,6 +15,21 @@ from fastserve.worker.job import Job, Op, OpKind, OpResult, OpStatus
 from fastserve.worker.staging.types import BlockRef, Copied, Place
 
 CopyDone = Callable[[OpStatus, Copied], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyEnd:
+    """What follows a copy.
+
+    run: on the engine thread, between iterations. result: what the scheduler can be told at once,
+    on any thread, as long as it does not act on it before `run`; None: `run` sees to it.
+    """
+
+    run: CopyDone
+    result: Callable[[OpStatus, Copied], OpResult] | None = None
+
+    def __call__(self, status: OpStatus, copied: Copied) -> None:
+        self.run(status, copied)
 
 
 class KvMover(Protocol):
@@ -25,13 +41,13 @@ class KvMover(Protocol):
     @property
     def generation(self) -> int: ...
 
-    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None: ...
+    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyEnd) -> None: ...
 
-    def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None: ...
+    def load(self, job_id: str, blocks: Sequence[int], done: CopyEnd) -> None: ...
 
-    def release(self, job_id: str, done: CopyDone) -> None: ...
+    def release(self, job_id: str, done: CopyEnd) -> None: ...
 
-    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
+    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyEnd) -> None:
         """`store`, then send all that is on the host. `Copied.tokens`: of what was stored, which
         may have gone well when the sending did not."""
 
@@ -75,7 +91,13 @@ class KvOps:
         self._pool.give_back(job.blocks)
         job.blocks, job.computed, job.registered, job.found = [], 0, 0, None
 
-    def fence(self, job: Job, start: Callable[[CopyDone], None], ended: CopyDone) -> None:
+    def fence(
+        self,
+        job: Job,
+        start: Callable[[CopyEnd], None],
+        ended: CopyDone,
+        result: Callable[[OpStatus, Copied], OpResult] | None = None,
+    ) -> None:
         """Start a copy that touches blocks of a job: its operations wait until it has ended."""
         job.copying = True
         self.copies += 1
@@ -86,7 +108,7 @@ class KvOps:
             ended(status, copied)
             self._start(job)
 
-        start(done)
+        start(CopyEnd(done, result))
 
     def _start(self, job: Job) -> None:
         """Run queued operations until one has to wait for a copy."""
@@ -170,40 +192,63 @@ class KvOps:
         blocks = list(job.blocks)
         self._copy(job, lambda done: self._mover.load(job.job_id, blocks, done), op)
 
-    def _copy(self, job: Job, start: Callable[[CopyDone], None], op: Op, stored: int = 0) -> None:
+    def _copy(self, job: Job, start: Callable[[CopyEnd], None], op: Op, stored: int = 0) -> None:
         """stored: tokens on the host when a COPY_OUT or EXPORT is over."""
-        self.fence(job, start, lambda status, copied: self._copied(job, op, status, copied, stored))
+        told = False
 
-    def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied, stored: int) -> None:
-        tokens = 0
-        if op.kind is OpKind.OFFLOAD and status is OpStatus.OK:
-            job.host_tokens = tokens = job.computed
-            job.host_generation = self._mover.generation
-            self.free_device(job)
-        elif op.kind is OpKind.COPY_OUT and status is OpStatus.OK:
-            job.host_tokens = tokens = stored
-            job.host_generation = self._mover.generation
-        elif op.kind is OpKind.EXPORT:
-            if copied.tokens:
-                job.host_tokens, job.host_generation = stored, self._mover.generation
-            tokens = job.host_tokens
-        elif op.kind is OpKind.UPLOAD and status is OpStatus.OK:
-            # The last known token is computed again: its logits are the next token's.
-            job.computed = tokens = min(job.host_tokens, max(0, len(job.tokens) - 1))
-        elif op.kind is OpKind.UPLOAD:
-            self.free_device(job)
-            if status is OpStatus.LOST:
+        def result(status: OpStatus, copied: Copied) -> OpResult:
+            # Nothing that counts here changes while the copy is under way.
+            nonlocal told
+            told = True
+            tokens = _moved(job, op, status, copied, stored)
+            return OpResult(op.op_id, status, tokens, copied.bytes, copied.seconds)
+
+        def ended(status: OpStatus, copied: Copied) -> None:
+            if not told and job.ops and job.ops[0] is op:  # else the stream was reset meanwhile
+                self._results.append(result(status, copied))
+            self._copied(job, op, status, copied, _moved(job, op, status, copied, stored))
+            if job.ops and job.ops[0] is op:
+                job.ops.popleft()
+
+        # A job that is released may come again, and must not before it is forgotten here.
+        self.fence(job, start, ended, result if op.kind is not OpKind.RELEASE else None)
+
+    def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied, tokens: int) -> None:
+        """What a copy that is over changes. tokens: see `_moved`."""
+        match op.kind:
+            case OpKind.OFFLOAD | OpKind.COPY_OUT if status is OpStatus.OK:
+                job.host_tokens, job.host_generation = tokens, self._mover.generation
+                if op.kind is OpKind.OFFLOAD:
+                    self.free_device(job)
+            case OpKind.EXPORT if copied.tokens:
+                job.host_tokens, job.host_generation = tokens, self._mover.generation
+            case OpKind.UPLOAD if status is OpStatus.OK:
+                job.computed = tokens
+            case OpKind.UPLOAD:
+                self.free_device(job)
+                if status is OpStatus.LOST:
+                    job.host_tokens = 0
+            case OpKind.DROP_HOST | OpKind.RELEASE:
                 job.host_tokens = 0
-        elif op.kind in (OpKind.DROP_HOST, OpKind.RELEASE):
-            job.host_tokens = 0
-        self._end(job, op, status, tokens, copied)
         if op.kind is OpKind.RELEASE:
             self._released.append(job)
 
-    def _end(
-        self, job: Job, op: Op, status: OpStatus, tokens: int, copied: Copied | None = None
-    ) -> None:
-        if job.ops and job.ops[0] is op:  # else the stream was reset meanwhile
-            job.ops.popleft()
-            copied = copied or Copied(0, 0, 0.0)
-            self._results.append(OpResult(op.op_id, status, tokens, copied.bytes, copied.seconds))
+    def _end(self, job: Job, op: Op, status: OpStatus, tokens: int) -> None:
+        """It ends without a copy."""
+        job.ops.popleft()
+        self._results.append(OpResult(op.op_id, status, tokens, 0, 0.0))
+
+
+def _moved(job: Job, op: Op, status: OpStatus, copied: Copied, stored: int) -> int:
+    """Tokens on the host, or after an UPLOAD on the device, now that a copy is over."""
+    match op.kind:
+        case OpKind.EXPORT:  # what was stored is, whether it was sent or not
+            return stored if copied.tokens else job.host_tokens
+        case OpKind.OFFLOAD if status is OpStatus.OK:
+            return job.computed
+        case OpKind.COPY_OUT if status is OpStatus.OK:
+            return stored
+        case OpKind.UPLOAD if status is OpStatus.OK:
+            # The last known token is computed again: its logits are the next token's.
+            return min(job.host_tokens, max(0, len(job.tokens) - 1))
+    return 0

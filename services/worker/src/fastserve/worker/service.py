@@ -14,6 +14,7 @@ from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.engine import Engine, Iteration
 from fastserve.worker.engine_thread import EngineThread, StagingMover
+from fastserve.worker.job import OpResult
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.staging import SidecarLost
 from fastserve.worker.tracing import IterationTracer
@@ -186,6 +187,10 @@ class Worker(pb_grpc.WorkerServiceServicer):
     def _free_host(self) -> int:
         staging = self._mover.staging
         return staging.free_host_blocks if staging is not None else 0
+
+    def report_end(self, op: OpResult) -> None:
+        """Called on the event loop when a KV operation has ended while an iteration runs."""
+        self.report(Iteration(self._plan_id, ops=[op]))
 
     def report(self, iteration: Iteration) -> None:
         """Called on the event loop for everything the engine has to say."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from fastserve.scheduler.core.errors import IntegrityError
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
+from fastserve.scheduler.core.operations import Leftover, Migration
 from fastserve.scheduler.core.types import JobState, KvOpKind, KvState
 
 
@@ -27,7 +28,7 @@ def _check_group(group: Group) -> None:
     group.queue.check()
     ended = [*group.to_release.values()]
     ended += [op.leftover for op in group.ops.values() if op.leftover is not None]
-    held = [*ended, *group.coming.values()]
+    held: list[Leftover | Migration] = [*ended, *group.coming.values()]
     device = sum(job.booked for job in jobs) + sum(other.device for other in held)
     host = sum(job.host_booked for job in jobs) + sum(other.host for other in held)
     _demand(device == group.device_used, f"{group.device_used} blocks booked, not {device}")

@@ -263,7 +263,7 @@ def _check_sense(group: Group, report: Report) -> None:
             raise ProtocolError(f"{tokens} tokens in the cache for job {job_id}")
     for done in report.ops:
         op = group.ops[done.op_id]
-        job = op.job or (op.migration and op.migration.job)
+        job = op.migration.job if op.job is None and op.migration is not None else op.job
         if job is not None and done.tokens > job.max_len:
             raise ProtocolError(f"KV operation {done.op_id} moved {done.tokens} tokens of a job")
 
