@@ -84,7 +84,6 @@ def check(counted: dict[str, float], least_tokens: float) -> tuple[float, float]
     pauses = "fastserve_migration_pause_iterations"
     short, mean = counted[f'{pauses}_bucket{{le="2.0"}}'], counted[f"{pauses}_sum"] / moved
     print(f"{moved=} {with_kv=} {recomputed=} {short=} {mean=:.1f}")
-    assert counted[f"{pauses}_count"] <= moved
     assert with_kv >= 1 and recomputed < moved * least_tokens / 2
     return short, moved
 
