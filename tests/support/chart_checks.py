@@ -34,10 +34,12 @@ def unknown_variables(manifests: list[Manifest]) -> list[str]:
             # What a service reads besides its settings is no setting of another one.
             own = services.settings_variables(service) if service else set()
             others = set().union(*map(services.settings_variables, services.SETTINGS)) - own
-            known = (known - others) | own
+            env = environment(container)
+            substituted = set(re.findall(r"\$\((\w+)\)", " ".join(map(str, env.values()))))
+            known = (known - others) | own | substituted
             wrong += [
                 f"{owner}, {container['name']}: nobody reads {name}"
-                for name in environment(container)
+                for name in env
                 if name not in known
             ]
     return wrong

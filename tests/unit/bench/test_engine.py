@@ -172,7 +172,7 @@ def test_two_workers_serve_nearly_twice_as_much() -> None:
 def test_a_slow_worker_gets_less() -> None:
     """As one and a half: had it the same share of the jobs, it would be as slow as one."""
     one, mixed = overload((1.0,)), overload((1.0, 0.5))
-    assert one.makespan_s / mixed.makespan_s >= 1.4
+    assert one.makespan_s / mixed.makespan_s >= 1.35
 
 
 def test_what_waits_moves_to_a_worker_that_idles() -> None:
