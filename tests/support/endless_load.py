@@ -80,10 +80,12 @@ class EndlessLoad:
         )
 
     async def middle(self) -> None:
-        """Wait until half of the streams have a fifth of their answer, and not all of it."""
+        """Wait until half of the streams are neither at the first nor at the last tenth of their
+        answer. (Of streams that go their own ways that is always so.)"""
 
         def begun(before: Answer, now: Answer) -> bool:
-            return self._tokens // 5 <= len(before.ids) + len(now.ids) < self._tokens // 2
+            tenths = 10 * (len(before.ids) + len(now.ids))
+            return self._tokens <= tenths < 9 * self._tokens
 
         await eventually(
             lambda: sum(begun(*live) for live in self._live) >= self._count / 2,

@@ -14,9 +14,12 @@ from support.worker_groups import Groups
 PROMPT = 100
 
 
-def running(*, jobs: int = 4, steps: int = 20, **worker: Any) -> Groups:
+def running(
+    *, jobs: int = 4, steps: int = 20, policy: str = "fastserve", **worker: Any
+) -> Groups:
     """Two groups with half of the jobs each, all of which decode."""
-    groups = Groups({"a": 1.0, "b": 1.0}, peers=True, max_num_seqs=8, **worker)
+    sizes = {"max_num_seqs": 8, **worker}
+    groups = Groups({"a": 1.0, "b": 1.0}, {"policy": policy}, peers=True, **sizes)
     for number in range(jobs):
         groups.submit(f"j{number}", prompt=PROMPT, max_tokens=100)
     groups.step(steps)
@@ -37,6 +40,18 @@ def job_of(groups: Groups, name: str) -> Job:
 
 def stages(groups: Groups) -> list[Stage]:
     return [job.migration.stage for job in groups.scheduler.jobs() if job.migration is not None]
+
+
+def leave(groups: Groups, stage: Stage) -> str:
+    """Drain a group with one job until its migration is so far; the job."""
+    (mover,) = groups.at("a")
+    groups.slow = {Stage.SENDING: {"a"}, Stage.COMING: {"b"}}.get(stage, set())
+    drain(groups)
+    for _ in range(10):
+        if stages(groups) == [stage]:
+            return mover
+        groups.step()
+    raise AssertionError(f"it is {stages(groups)}")
 
 
 def exports(groups: Groups) -> int:
@@ -73,6 +88,49 @@ def test_most_of_the_kv_goes_with_the_jobs(jobs: int) -> None:
     assert plan is not None and plan.may_leave
     finish(groups)
     assert max(groups.longest_pause(job) for job in movers) < 3
+
+
+def crowded(policy: str) -> Groups:
+    """Iterations have time for all rows, and for the ends of the blocks of few jobs beside them."""
+    sizes = {"block_size": 16, "max_num_seqs": 32, "host_blocks": 512, "device_blocks": 512}
+    return running(jobs=32, steps=50, policy=policy, **sizes)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "fastserve", "skip-join-mlfq"])
+def test_jobs_follow_their_kv_only_as_fast_as_they_can_go_on(policy: str) -> None:
+    groups = crowded(policy)
+    movers = groups.at("a")
+    drain(groups)
+    groups.step(30)
+    assert groups.at("a") == set()
+    assert groups.scheduler.counters["exports.moved"] == len(movers) == 16
+    finish(groups)
+    assert max(groups.longest_pause(job) for job in movers) < 3
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "fastserve", "skip-join-mlfq"])
+def test_a_newcomer_with_a_long_prompt_does_not_hold_up_jobs_that_move(policy: str) -> None:
+    groups = crowded(policy)
+    movers = groups.at("a")
+    drain(groups)
+    for number in range(2):
+        groups.submit(f"long{number}", prompt=400, max_tokens=100)
+    groups.step(30)
+    assert groups.at("a") == set()
+    finish(groups)
+    assert max(groups.longest_pause(job) for job in movers) < 3
+
+
+def test_a_job_that_waits_for_a_row_keeps_nobody_from_moving() -> None:
+    """The group that stays has rows for half of them: its own go on, the others wait."""
+    groups = running(
+        jobs=16, policy="fcfs", block_size=16, host_blocks=512, device_blocks=512
+    )
+    drain(groups)
+    groups.step(20)
+    assert groups.at("a") == set()
+    assert sum(job.state is JobState.RUNNING for job in groups.scheduler.jobs()) == 8
+    finish(groups)
 
 
 def test_a_job_decodes_on_while_its_kv_is_on_the_way() -> None:
@@ -169,39 +227,29 @@ def test_kv_that_costs_more_to_send_than_to_compute_stays() -> None:
     finish(groups)
 
 
-@pytest.mark.parametrize("at", ["a", "b"])
-def test_a_job_that_ends_on_the_way_leaves_nothing(at: str) -> None:
-    """While it is sent, and while it is uploaded."""
+@pytest.mark.parametrize("stage", [Stage.SENDING, Stage.COMING, Stage.THERE])
+def test_a_job_that_ends_on_the_way_leaves_nothing(stage: Stage) -> None:
     groups = running(jobs=2)
-    (mover,) = groups.at("a")
-    groups.slow = {at}
-    drain(groups)
-    groups.step(4)
-    assert stages(groups) == [Stage.SENDING if at == "a" else Stage.COMING]
+    mover = leave(groups, stage)
     assert groups.scheduler.cancel(mover, groups.now)
     del groups.tokens[mover]
     finish(groups)
 
 
-@pytest.mark.parametrize("at", ["a", "b"])
-def test_a_drain_that_is_taken_back_leaves_the_jobs_where_they_are(at: str) -> None:
+@pytest.mark.parametrize("stage", [Stage.SENDING, Stage.COMING, Stage.THERE])
+def test_a_drain_that_is_taken_back_leaves_the_jobs_where_they_are(stage: Stage) -> None:
     groups = running(jobs=2)
-    (mover,) = groups.at("a")
-    groups.slow = {at}
-    drain(groups)
-    groups.step(4)
+    mover = leave(groups, stage)
     drain(groups, draining=False)
     assert stages(groups) == [] and job_of(groups, mover).worker_id == "a"
     finish(groups)
     assert groups.scheduler.counters["migrations.drain"] == 0
 
 
-@pytest.mark.parametrize("at", ["a", "b"])
-def test_the_other_group_drains_as_well(at: str) -> None:
+@pytest.mark.parametrize("stage", [Stage.SENDING, Stage.COMING, Stage.THERE])
+def test_the_other_group_drains_as_well(stage: Stage) -> None:
     groups = running(jobs=2)
-    groups.slow = {at}
-    drain(groups)
-    groups.step(4)
+    leave(groups, stage)
     drain(groups, "b")
     assert stages(groups) == []
     groups.slow.clear()
@@ -209,15 +257,12 @@ def test_the_other_group_drains_as_well(at: str) -> None:
     finish(groups)
 
 
-@pytest.mark.parametrize("at", ["a", "b"])
+@pytest.mark.parametrize("stage", [Stage.SENDING, Stage.COMING, Stage.THERE])
 @pytest.mark.parametrize("died", [True, False])
-def test_the_group_that_sends_is_lost(at: str, died: bool) -> None:
+def test_the_group_that_sends_is_lost(stage: Stage, died: bool) -> None:
     """What has arrived is used; what was still on its way is not waited for."""
     groups = running(jobs=2)
-    (mover,) = groups.at("a")
-    groups.slow = {at}
-    drain(groups)
-    groups.step(4)
+    mover = leave(groups, stage)
     recomputed = groups.scheduler.counters["tokens.recomputed"]
     model = groups.models.pop("a")
     inventory = model.reconnect(died=died)
@@ -227,19 +272,16 @@ def test_the_group_that_sends_is_lost(at: str, died: bool) -> None:
     groups.slow.clear()
     groups.step(12)
     again = groups.scheduler.counters["tokens.recomputed"] - recomputed
-    assert (again > PROMPT) is (at == "a")
+    assert (again > PROMPT) is (stage is Stage.SENDING)
     groups.models["a"] = model
     groups.scheduler.add_worker(model.info, inventory, groups.now)
     finish(groups)
 
 
-@pytest.mark.parametrize("at", ["a", "b"])
-def test_the_group_that_is_sent_to_is_lost(at: str) -> None:
+@pytest.mark.parametrize("stage", [Stage.SENDING, Stage.COMING, Stage.THERE])
+def test_the_group_that_is_sent_to_is_lost(stage: Stage) -> None:
     groups = running(jobs=2)
-    (mover,) = groups.at("a")
-    groups.slow = {at}
-    drain(groups)
-    groups.step(4)
+    mover = leave(groups, stage)
     model = groups.models.pop("b")
     inventory = model.reconnect(died=True)
     groups.scheduler.remove_worker("b", groups.now)

@@ -29,6 +29,7 @@ class Draft:
     group: Group
     now: float
     head: Sequence[Job] = ()  # the first of the order
+    late: dict[Job, int] = field(default_factory=dict)  # `Group.catching_up`: those still to come
     rows: list[PlanRow] = field(default_factory=list)
     chosen: set[Job] = field(default_factory=set)  # those of `rows`
     ops: list[KvOperation] = field(default_factory=list)

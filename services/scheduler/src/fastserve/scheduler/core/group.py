@@ -83,7 +83,7 @@ class Group:
     dismissed: bool = False  # it may leave
     restate: bool = False  # a plan is due, whatever goes on
     came: dict[Job, tuple[float, int]] = field(default_factory=dict)
-    #   when jobs that ran elsewhere came here to go on, until they do: moment and iteration
+    #   when jobs that ran elsewhere came here to go on, until a token comes: moment and iteration
     planned_at: float = 0.0  # the last plan was made then
     held_up: int = 0  # jobs among the first of the order, since then, that wait for a copy
     kv_wait_s: float = 0.0  # seconds of such waits, all jobs together
@@ -240,6 +240,24 @@ class Group:
         return bool(self.jobs or self.ops or self.to_release)
 
     # --- plans -------------------------------------------------------------------------------
+
+    def catching_up(self) -> dict[Job, int]:
+    def catching_up(self) -> dict[Job, int]:
+        """Jobs that ran elsewhere and are to go on here with the next iteration, and how many
+        tokens more than for a decode that takes. Who got no row by the last plan waits as all
+        others do."""
+        return {
+            job: job.known_len - max(job.computed, job.host_tokens) - 1
+            for job, (since, _) in self.came.items()
+            if job.state is JobState.RUNNING or since > self.planned_at
+        }
+
+    def has_time(self, tokens: int) -> bool:
+        """Whether the next iteration can compute so many of one more job that ran elsewhere, beside
+        one for every other row and what those lack that came before."""
+        lacking = sum(self.catching_up().values())
+        rows, budget = self.policy.size(len(self.waiting))
+        return not lacking or min(rows, len(self.jobs) + 1) + lacking + tokens - 1 <= budget
 
     def clock(self, now: float) -> None:
         """Count the time since the last plan was made."""

@@ -1,11 +1,12 @@
 """How a job goes from one group to another: from its tokens alone, or with its KV cache.
 
-    WANTED ──EXPORT──▶ SENDING ──▶ SENT ──UPLOAD──▶ COMING ──▶ it goes on there
+    WANTED ──EXPORT──▶ SENDING ──▶ SENT ──UPLOAD──▶ COMING ──▶ THERE ──▶ it goes on there
 
 The KV goes ahead: while it is sent, and uploaded at the other group, the job decodes on where it
-is. Then it goes on there, and computes what it got meanwhile as a short prompt. Whatever fails on
-the way costs the job nothing: it is still where it was, and moves from its tokens alone. What lies
-at the other group for nothing is released there.
+is. Then it goes on there, and computes what it got meanwhile as a short prompt; not before the next
+iteration there has time for that beside what others lack who came, so that nobody pauses for it.
+Whatever fails on the way costs the job nothing: it is still where it was, and moves from its tokens
+alone. What lies at the other group for nothing is released there.
 
 A job that has no row, or none to go on with at once, is not uploaded ahead: it goes on at the other
 group as one whose KV is on the host.
@@ -34,6 +35,8 @@ from fastserve.scheduler.core.types import (
 )
 
 Tell = Callable[[Job, EventKind, float], None]
+# The host of the other group has it.
+_ARRIVED: Final = frozenset({Stage.SENT, Stage.COMING, Stage.THERE})
 # A group that could not be sent KV is left alone for so long.
 _UNREACHABLE_S: Final = 5.0
 
@@ -135,15 +138,26 @@ class Migrations:
         else:
             self._arrive(migration, now)
 
-    def came(self, migration: Migration, done: OpDone, now: float) -> None:
+    def came(self, migration: Migration, done: OpDone) -> None:
         """The UPLOAD ahead of the job has ended."""
         if done.status is KvStatus.OK:
-            migration.tokens = done.tokens
-            self._arrive(migration, now)
+            migration.stage, migration.tokens = Stage.THERE, done.tokens
             return
         self._counters["exports.failed"] += 1
         migration.source.unreachable[migration.to.info.worker_id] = now + _UNREACHABLE_S
         self.give_up(migration)
+
+    def land(self, group: Group, now: float) -> None:
+        """Before a plan of the group: jobs whose KV is there follow, the first come first, as far
+        as those that have a row go on in the next iteration."""
+        for migration in list(group.coming.values()):
+            if migration.stage is not Stage.THERE:
+                continue
+            job = migration.job
+            lacks = job.known_len - migration.tokens
+            if job.state is JobState.RUNNING and not group.has_time(lacks):
+                return
+            self._arrive(migration, now)
 
     def _arrive(self, migration: Migration, now: float) -> None:
         job, source, to = migration.job, migration.source, migration.to
@@ -203,7 +217,7 @@ class Migrations:
         group.coming.clear()
         for other in self._groups.values():
             for migration in list(other.coming.values()):
-                if migration.source is not group or migration.stage in (Stage.SENT, Stage.COMING):
+                if migration.source is not group or migration.stage in _ARRIVED:
                     continue
                 if not migration.over:
                     self.give_up(migration)
@@ -225,7 +239,7 @@ class Migrations:
             job.kv, job.op, job.booked = KvState.UPLOADING, KvOpKind.UPLOAD, migration.device
             to.renew[job] = None
             to.introduce.pop(job.job_id, None)
-        elif migration.device:
+        elif migration.stage is Stage.SENT:
             to.device_used -= migration.device
         self.settle(to, job, now)
 
@@ -235,7 +249,7 @@ def _take_over(job: Job, migration: Migration) -> None:
     to = migration.to
     job.named = True
     job.host_tokens, job.host_booked = migration.tokens, migration.host
-    if migration.stage is Stage.COMING:
+    if migration.stage is Stage.THERE:
         job.kv, job.computed, job.booked = KvState.DEVICE, migration.tokens, migration.device
         to.resident[job] = None
         to.renew[job] = None

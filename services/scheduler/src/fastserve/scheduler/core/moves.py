@@ -25,8 +25,6 @@ from fastserve.scheduler.core.placement import (
 )
 from fastserve.scheduler.core.types import EventKind, JobState, PreemptReason
 
-# Seconds after which a job that came is not waited for any more before the next one comes.
-_ARRIVAL_S: Final = 1.0
 # A job moves to end sooner only if that saves this share of the time, and so many iterations.
 _GAIN: Final = 0.2
 _GAIN_ITERATIONS: Final = 4
@@ -101,7 +99,7 @@ class Moves:
                 continue
             if self._kv_pays(job, group, to, now):
                 self._send(job, group, to, PreemptReason.DRAIN)
-            elif job.state is not JobState.RUNNING or _has_time(to, job, now):
+            elif job.state is not JobState.RUNNING or to.has_time(tokens_to_compute(to, job)):
                 self._migrations.move(job, group, to, PreemptReason.DRAIN, now)
 
     def lose(self, group: Group, now: float) -> list[Job]:
@@ -178,13 +176,3 @@ class Moves:
 def _crowd(group: Group) -> float:
     """Jobs per row, those on their way counted where they will be."""
     return (len(group.jobs) - len(group.leaving) + len(group.coming)) / group.max_rows
-
-
-def _has_time(group: Group, job: Job, now: float) -> bool:
-    """Whether the group can compute what it lacks of the job beside that of others that came."""
-    for other, (since, _) in list(group.came.items()):
-        if other.remaining <= 1 or now - since > _ARRIVAL_S:
-            del group.came[other]
-    pending = sum(other.remaining for other in group.came)
-    budget = group.policy.size(len(group.waiting))[1]
-    return not pending or pending + tokens_to_compute(group, job) <= budget

@@ -20,6 +20,7 @@ class Stage(Enum):
     SENDING = auto()
     SENT = auto()  # on the host there; the UPLOAD waits for its plan
     COMING = auto()  # being uploaded there
+    THERE = auto()  # the job follows as soon as that group has time to compute what it lacks
 
 
 @dataclass(slots=True, eq=False)

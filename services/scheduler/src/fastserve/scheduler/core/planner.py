@@ -34,6 +34,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     Walks the jobs in the order of the policy and gives rows to those that fit, skipping those that
     do not. The walk ends when rows or tokens are used up, so it does not get longer with the queue.
     """
+    late = group.catching_up() if group.came else {}
     group.clock(now)
     _promote(group, now, tell, counters)
     group.policy.weigh(now, *group.left)
@@ -41,7 +42,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
-    draft = Draft(group, now)
+    draft = Draft(group, now, late=late)
     draft.release_ended()
     draft.move_kv()
     head = draft.head = _head(group)
@@ -101,7 +102,7 @@ def _promote(group: Group, now: float, tell: Tell, counters: Counter[str]) -> No
 
 def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     # Everything that a decode comes by on its way is a local: there is one per row and iteration.
-    group, rows, chosen = draft.group, draft.rows, draft.chosen
+    group, rows, chosen, late = draft.group, draft.rows, draft.chosen, draft.late
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
     on_host, on_device, beside = KvState.HOST, KvState.DEVICE, _BESIDE_ROWS
     newest, ahead, block_size = group.plan_id, group.outstanding + lease, group.info.block_size
@@ -127,8 +128,11 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
         if tokens <= 1:  # 0: the worker is ahead of the tokens that it told
             tokens, row = 1, job.row or job.decode_row()
         else:
-            # One token for everyone behind: a prompt must not stop the decodes of others.
-            tokens = min(tokens, max(tokens_left - min(rows_left - 1, behind), 1))
+            # One token for everyone behind, and for those that just came what they lack: a prompt
+            # must not stop the decodes of others.
+            late.pop(job, None)
+            kept = min(rows_left - 1, behind) + sum(late.values())
+            tokens = min(tokens, max(tokens_left - kept, 1))
             if tokens < job.remaining:
                 if partial_prefills == group.config.max_partial_prefills:
                     passed += 1

@@ -125,7 +125,8 @@ class ReportReader:
                     group.prefixes.note(job)
                 if came and job in came:
                     _, iteration = came.pop(job)
-                    self._counters[f"pauses.{group.iteration - iteration - 1}"] += 1
+                    if index:
+                        self._counters[f"pauses.{group.iteration - iteration - 1}"] += 1
             elif index > length:
                 text = f"the worker left out tokens {length} to {index - 1}"
                 self._finish(group, job_id, FinishReason.FAILED, text, progress, now)
@@ -166,7 +167,7 @@ class ReportReader:
                 came_back.op = None
             return
         if migration is not None and op.kind is KvOpKind.UPLOAD and not migration.over:
-            self._migrations.came(migration, done, now)
+            self._migrations.came(migration, done)
             return
         job = op.job
         if job is None or not job.live:

@@ -313,6 +313,7 @@ class Scheduler:
     def plan(self, worker_id: str, now: float) -> Plan | None:
         """What the worker should do from now on; None: it may go on as it does."""
         group = self._groups[worker_id]
+        self._migrations.land(group, now)
         if group.draining and not group.dismissed and not group.busy:
             group.dismissed = group.restate = True
         return make_plan(group, now, self._tell, self.counters)
