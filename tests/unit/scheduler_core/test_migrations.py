@@ -14,9 +14,7 @@ from support.worker_groups import Groups
 PROMPT = 100
 
 
-def running(
-    *, jobs: int = 4, steps: int = 20, policy: str = "fastserve", **worker: Any
-) -> Groups:
+def running(*, jobs: int = 4, steps: int = 20, policy: str = "fastserve", **worker: Any) -> Groups:
     """Two groups with half of the jobs each, all of which decode."""
     sizes = {"max_num_seqs": 8, **worker}
     groups = Groups({"a": 1.0, "b": 1.0}, {"policy": policy}, peers=True, **sizes)
@@ -123,9 +121,7 @@ def test_a_newcomer_with_a_long_prompt_does_not_hold_up_jobs_that_move(policy: s
 
 def test_a_job_that_waits_for_a_row_keeps_nobody_from_moving() -> None:
     """The group that stays has rows for half of them: its own go on, the others wait."""
-    groups = running(
-        jobs=16, policy="fcfs", block_size=16, host_blocks=512, device_blocks=512
-    )
+    groups = running(jobs=16, policy="fcfs", block_size=16, host_blocks=512, device_blocks=512)
     drain(groups)
     groups.step(20)
     assert groups.at("a") == set()

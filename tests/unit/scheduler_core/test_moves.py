@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.scheduler.core import EventKind, Inventory, JobState, RejectReason
+from fastserve.scheduler.core import (
+    EventKind,
+    Inventory,
+    JobSpec,
+    JobState,
+    KvState,
+    RejectReason,
+)
 from support.worker_groups import Groups
-from support.worker_model import WorkerModel, worker_info
+from support.worker_model import WorkerModel, token_of, worker_info
 
 
 def test_jobs_are_spread_by_what_groups_can_do() -> None:
@@ -130,6 +137,25 @@ def test_a_worker_that_comes_back_gets_the_jobs_whose_kv_cache_it_has() -> None:
     recomputed = groups.scheduler.counters["tokens.recomputed"]
     groups.run()
     assert groups.scheduler.counters["tokens.recomputed"] - recomputed < 60
+
+
+def test_what_a_group_was_to_drop_is_left_alone_once_it_is_elsewhere() -> None:
+    """A worker comes back with more than fits; before it hears of that, the job goes away."""
+    groups = Groups({})
+    scheduler = groups.scheduler
+    for name, known in (("large", 40), ("small", 29)):
+        groups.lengths[name], groups.tokens[name], groups.came[name] = 20, [], []
+        spec = JobSpec(name, tuple(range(known - 1)), 20, 0.0)
+        scheduler.restore(spec, [token_of(name, 0)], level=0, attained=0.0, preemptions=0, now=0.0)
+    a, b = worker_info("a", device_blocks=16), worker_info("b", device_blocks=32)
+    scheduler.add_worker(a, Inventory({"large": 32, "small": 28}), 0.0)
+    scheduler.add_worker(b, Inventory(), 0.0)
+    scheduler.drain("a", True, 0.0)
+    assert groups.at("a") == set()
+    assert scheduler.plan("b", 0.1) is not None
+    scheduler.plan("a", 0.1)
+    scheduler.check_integrity()
+    assert {job.kv for job in scheduler.jobs()} == {KvState.DEVICE}
 
 
 def test_an_idle_group_takes_what_waits_elsewhere() -> None:

@@ -113,8 +113,7 @@ class Draft:
             self.ops.append(KvOperation(op_id, KvOpKind.RELEASE, job_id))
             del group.to_release[job_id]
         for job in group.to_drop:
-            if job.live and job.op is None and job.kv is KvState.DEVICE:
-                self.operate(KvOpKind.DROP_DEVICE, job)
+            self.operate(KvOpKind.DROP_DEVICE, job)
         group.to_drop.clear()
 
     def move_kv(self) -> None:

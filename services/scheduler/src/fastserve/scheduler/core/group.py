@@ -64,7 +64,7 @@ class Group:
     op_id: int = 0
     ops: dict[int, Operation] = field(default_factory=dict)
     to_release: dict[str, Leftover] = field(default_factory=dict)
-    to_drop: list[Job] = field(default_factory=list)
+    to_drop: dict[Job, None] = field(default_factory=dict)  # lose what the device has of them
     place: KvPlace | None = None  # where it takes KV of other groups
     leaving: dict[Job, Migration] = field(default_factory=dict)  # whose KV goes to another group
     coming: dict[str, Migration] = field(default_factory=dict)  # KV of other groups, by job id
@@ -149,6 +149,7 @@ class Group:
         self.running -= job.state is JobState.RUNNING
         self.waiting.pop(job, None)
         self.resident.pop(job, None)
+        self.to_drop.pop(job, None)
         self.came.pop(job, None)
 
     def start(self, job: Job) -> None:

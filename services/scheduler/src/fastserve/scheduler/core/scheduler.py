@@ -143,7 +143,7 @@ class Scheduler:
             if more <= group.free:
                 group.book(job)
             else:
-                group.to_drop.append(job)
+                group.to_drop[job] = None
         return unknown
 
     def remove_worker(self, worker_id: str, now: float) -> None:
