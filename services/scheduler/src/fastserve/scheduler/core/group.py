@@ -243,7 +243,6 @@ class Group:
     # --- plans -------------------------------------------------------------------------------
 
     def catching_up(self) -> dict[Job, int]:
-    def catching_up(self) -> dict[Job, int]:
         """Jobs that ran elsewhere and are to go on here with the next iteration, and how many
         tokens more than for a decode that takes. Who got no row by the last plan waits as all
         others do."""

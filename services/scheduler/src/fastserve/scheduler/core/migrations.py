@@ -138,7 +138,7 @@ class Migrations:
         else:
             self._arrive(migration, now)
 
-    def came(self, migration: Migration, done: OpDone) -> None:
+    def came(self, migration: Migration, done: OpDone, now: float) -> None:
         """The UPLOAD ahead of the job has ended."""
         if done.status is KvStatus.OK:
             migration.stage, migration.tokens = Stage.THERE, done.tokens

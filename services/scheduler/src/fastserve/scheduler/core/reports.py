@@ -167,7 +167,7 @@ class ReportReader:
                 came_back.op = None
             return
         if migration is not None and op.kind is KvOpKind.UPLOAD and not migration.over:
-            self._migrations.came(migration, done)
+            self._migrations.came(migration, done, now)
             return
         job = op.job
         if job is None or not job.live:
