@@ -40,16 +40,21 @@ class Groups:
         self.slow: set[str] = set()  # groups whose copies do not end
         self.ops: list[tuple[str, KvOpKind, str]] = []  # group, operation, job
         sizes = {"device_blocks": 256, "max_num_batched_tokens": 64, "max_model_len": 512}
+        self._worker, self._peers = {**sizes, **worker}, peers
         for name, speed in speeds.items():
-            info = dataclasses.replace(
-                worker_info(name, **{**sizes, **worker}),
-                prefill_sample=CostSample(1, 64, 64, 0.040 / speed),
-                decode_sample=CostSample(1, 1, 64, 0.010 / speed),
-            )
-            model = self.models[name] = WorkerModel(info, self.lengths, self.scheduler.job)
-            model.peers = self.models
-            place = model.place if peers else None
-            self.scheduler.add_worker(info, Inventory(place=place), 0.0)
+            self.add(name, speed)
+
+    def add(self, name: str, speed: float = 1.0) -> None:
+        """One more group."""
+        info = dataclasses.replace(
+            worker_info(name, **self._worker),
+            prefill_sample=CostSample(1, 64, 64, 0.040 / speed),
+            decode_sample=CostSample(1, 1, 64, 0.010 / speed),
+        )
+        model = self.models[name] = WorkerModel(info, self.lengths, self.scheduler.job)
+        model.peers = self.models
+        place = model.place if self._peers else None
+        self.scheduler.add_worker(info, Inventory(place=place), self.now)
 
     def submit(self, job_id: str, prompt: int = 8, max_tokens: int = 60, **spec: Any) -> Any:
         self.lengths[job_id] = max_tokens

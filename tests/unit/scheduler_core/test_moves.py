@@ -77,6 +77,20 @@ def test_the_pause_of_a_move_is_under_three_iterations(running: int) -> None:
     assert max(groups.longest_pause(job) for job in movers) < 3
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "fastserve", "skip-join-mlfq"])
+def test_newcomers_do_not_hold_up_a_job_that_is_computed_again(policy: str) -> None:
+    """Its prompt takes five iterations; those of the newcomers come after it."""
+    groups = Groups({"a": 1.0}, {"policy": policy}, max_num_seqs=16, device_blocks=512)
+    groups.submit("mover", prompt=280, max_tokens=60)
+    groups.step(20)
+    groups.add("b")
+    groups.scheduler.drain("a", True, groups.now)
+    for number in range(2):
+        groups.submit(f"long{number}", prompt=400, max_tokens=60)
+    groups.run()
+    assert groups.longest_pause("mover") < 7
+
+
 def test_without_another_group_jobs_stay_and_newcomers_are_refused() -> None:
     groups = Groups({"a": 1.0})
     groups.submit("j")

@@ -249,7 +249,7 @@ class Group:
         return {
             job: job.known_len - max(job.computed, job.host_tokens) - 1
             for job, (since, _) in self.came.items()
-            if job.state is JobState.RUNNING or since > self.planned_at
+            if job.state is JobState.RUNNING or since >= self.planned_at
         }
 
     def has_time(self, tokens: int) -> bool:

@@ -130,10 +130,10 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
         else:
             # One token for everyone behind, and for those that just came what they lack: a prompt
             # must not stop the decodes of others.
-            late.pop(job, None)
+            came = late.pop(job, None) is not None
             kept = min(rows_left - 1, behind) + sum(late.values())
             tokens = min(tokens, max(tokens_left - kept, 1))
-            if tokens < job.remaining:
+            if tokens < job.remaining and not came:
                 if partial_prefills == group.config.max_partial_prefills:
                     passed += 1
                     continue
