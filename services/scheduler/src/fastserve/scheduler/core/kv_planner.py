@@ -6,8 +6,8 @@ first come back first. Three occasions:
 - ahead of need, few blocks are free: jobs without a row leave until a reserve is free, so that
   newcomers and growing rows find room while others are still leaving;
 - ahead of need, jobs on the host come back: while plenty is free, and the next few in line, or who
-  is to run by the time an upload ends, also in place of jobs that run so much later that they can be
-  back.
+  is to run by the time an upload ends, also in place of jobs that run so much later that they can
+  be back.
 Plenty is twice the reserve, and who leaves for a job that comes back has time for both ways, so
 that no job goes to and fro.
 
