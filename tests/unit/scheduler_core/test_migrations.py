@@ -116,6 +116,21 @@ def test_jobs_follow_their_kv_as_fast_as_they_can_go_on(policy: str, newcomers: 
     finish(groups)
 
 
+def test_a_move_costs_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group that stays runs more at once than its policy has rows for, until they end."""
+    groups = crowded("fcfs")
+    to = groups.scheduler._groups["b"]
+    monkeypatch.setattr(to.policy, "size", lambda waiting: (16, 64))
+    drain(groups)
+    groups.submit("newcomer", prompt=8, max_tokens=100)
+    groups.step(12)
+    assert groups.at("a") == set()
+    assert to.running == 32 and job_of(groups, "newcomer").state is JobState.QUEUED
+    assert len(pauses(groups)) == 16 and max(pauses(groups)) < 2
+    finish(groups)
+    assert to.size() == (16, 64)
+
+
 def test_a_job_that_waits_for_a_row_keeps_nobody_from_moving() -> None:
     """The group that stays has rows for half of them: its own go on, the others wait."""
     groups = running(jobs=16, policy="fcfs", block_size=16, host_blocks=512, device_blocks=512)

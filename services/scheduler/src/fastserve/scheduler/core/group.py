@@ -84,6 +84,8 @@ class Group:
     restate: bool = False  # a plan is due, whatever goes on
     came: dict[Job, tuple[float, int]] = field(default_factory=dict)
     #   when jobs that ran elsewhere came here to go on, until a token comes: moment and iteration
+    guests: dict[Job, None] = field(default_factory=dict)
+    #   jobs that had a row elsewhere and came here to go on, until they lose it
     planned_at: float = 0.0  # the last plan was made then
     held_up: int = 0  # jobs among the first of the order, since then, that wait for a copy
     kv_wait_s: float = 0.0  # seconds of such waits, all jobs together
@@ -151,6 +153,7 @@ class Group:
         self.resident.pop(job, None)
         self.to_drop.pop(job, None)
         self.came.pop(job, None)
+        self.guests.pop(job, None)
 
     def start(self, job: Job) -> None:
         """It has a row from now on."""
@@ -167,6 +170,7 @@ class Group:
         job.wait_since = now
         self.running -= 1
         self.waiting[job] = None
+        self.guests.pop(job, None)
         self.queue.stop(job)
 
     # --- memory ------------------------------------------------------------------------------
@@ -256,8 +260,16 @@ class Group:
         """Whether the next iteration can compute so many of one more job that ran elsewhere, beside
         one for every other row and what those lack that came before."""
         lacking = sum(self.catching_up().values())
-        rows, budget = self.policy.size(len(self.waiting))
+        rows, budget = self.size()
         return not lacking or min(rows, len(self.jobs) + 1) + lacking + tokens - 1 <= budget
+
+    def size(self) -> tuple[int, int]:
+        """Most rows and most tokens of the next iteration: what the policy says, and a row for each
+        guest. More rows than are worth while make iterations longer, but a row that a job had
+        elsewhere is not to be lost by the move."""
+        rows, tokens = self.policy.size(len(self.waiting))
+        more = min(len(self.guests), self.max_rows - rows)
+        return rows + more, min(tokens + more, self.max_tokens)
 
     def clock(self, now: float) -> None:
         """Count the time since the last plan was made."""

@@ -100,6 +100,7 @@ class Migrations:
         self.settle(to, job, now)
         if was_running:
             to.came[job] = (now, to.iteration)
+            to.guests[job] = None
         self._counters[f"migrations.{reason}"] += 1
         self._tell(job, EventKind.MIGRATED, now)
 

@@ -92,7 +92,7 @@ def completion_s(
             output += scale * left
             held = max(other.computed, other.host_tokens)
             prompt += scale * max(0, other.known_len - held - 1)
-    rows = min(group.policy.size(len(group.waiting))[0], group.max_rows)
+    rows = group.size()[0]
     left = lengths.left(job)
     own = group.blocks(int(job.known_len + left))
     rows_held = int(group.info.device_blocks * (len(others) + 1) / (blocks + own))

@@ -106,7 +106,7 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
     lease, look_ahead, need_of = group.config.lease, group.config.look_ahead, group.need
     on_host, on_device, beside = KvState.HOST, KvState.DEVICE, _BESIDE_ROWS
     newest, ahead, block_size = group.plan_id, group.outstanding + lease, group.info.block_size
-    rows_left, tokens_left = group.policy.size(len(group.waiting))
+    rows_left, tokens_left = group.size()
     partial_prefills = passed = 0
     behind = len(group.queue)
     for job in order:
