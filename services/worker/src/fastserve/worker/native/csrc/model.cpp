@@ -29,11 +29,12 @@ void rope(float* x, const float* cos, const float* sin, int dim) {
 }  // namespace
 
 Model::Model(const Shape& shape)
-    : shape_(shape), pool_(shape.threads), layers_(shape.layers),
+    : shape_(shape), layers_(shape.layers),
       hidden_stride_(padded(shape.hidden)),
       qkv_stride_(padded((shape.heads + 2 * shape.kv_heads) * shape.dim)),
       attended_stride_(padded(shape.heads * shape.dim)),
-      middle_stride_(padded(shape.intermediate)), scratch_(shape.threads) {}
+      middle_stride_(padded(shape.intermediate)), scratch_(shape.threads),
+      pool_(shape.threads) {}
 
 void Model::set_matrix(int layer, Weight which, int outputs, int inputs, const float* weight,
                        const float* bias) {
@@ -67,6 +68,7 @@ void Model::set_rope(const float* cos, const float* sin) {
 }
 
 void Model::forward(const Batch& batch) {
+    pool_.settle();  // what a late task reads stays as it is and where it is until here
     plan(batch);
     const int count = batch.tokens;
     const KvPages kv{batch.kv,          shape_.layers, shape_.kv_heads,

@@ -78,7 +78,6 @@ private:
     void each_row(int rows, const Task& task);
 
     const Shape shape_;
-    Pool pool_;
     Arena arena_;  // of the matrices
     std::vector<Layer> layers_;
     Buffer<float> final_norm_;
@@ -96,6 +95,7 @@ private:
     Buffer<int32_t> queries_;                    // words [tokens, heads, dim / STEP]
     Rows hidden_words_, attended_words_, middle_words_;  // inputs of products
     std::vector<Buffer<float>> scratch_;                 // one for each thread
+    Pool pool_;  // the last: it ends before what its tasks read
 };
 
 }  // namespace fastserve
