@@ -69,6 +69,8 @@ private:
     };
 
     void plan(const Batch& batch);
+    int blocks_of(const Batch& batch, int row) const;
+    void copy_tables(const Batch& batch);
     void layer(int index, int tokens, const KvPages& kv);
     void embed(int token, int32_t id);
     // hidden_words_[slot] = x[token], normalised and ready for a product.
@@ -87,6 +89,7 @@ private:
     const float *cos_ = nullptr, *sin_ = nullptr;
 
     // Of the batch that runs.
+    std::vector<int32_t> tables_;  // the blocks of each row, one row after the other
     std::vector<Token> tokens_;
     std::vector<AttentionTask> attention_;
     std::vector<int> wanted_;  // tokens whose logits are wanted
