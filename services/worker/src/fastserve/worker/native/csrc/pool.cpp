@@ -19,7 +19,7 @@ void relax() {
 
 }  // namespace
 
-Pool::Pool(int threads) : held_(threads) {
+Pool::Pool(int threads) : shares_(threads) {
     for (int thread = 1; thread < threads; thread++) {
         helpers_.emplace_back([this, thread] { help(thread); });
     }
@@ -33,11 +33,15 @@ Pool::~Pool() {
 }
 
 void Pool::run(int count) {
-    // (After 65,536 phases numbers come again: no task is late for so long, see `settle`.)
-    const uint64_t phase = (next_.load(std::memory_order_relaxed) >> PHASE_SHIFT) + 1;
+    count_ = count;
+    number_ = (number_ + 1) % (1 << 16);  // no task is late for so many phases, see `settle`
     done_.store(0, std::memory_order_relaxed);
-    next_.store(phase << PHASE_SHIFT | static_cast<uint64_t>(count) << COUNT_BITS,
-                std::memory_order_release);
+    const auto parts = static_cast<int64_t>(shares_.size());
+    for (int64_t part = 0; part < parts; part++) {
+        const uint64_t begin = count * part / parts, end = count * (part + 1) / parts;
+        shares_[part].next.store(number_ << PHASE_SHIFT | end << COUNT_BITS | begin,
+                                 std::memory_order_release);
+    }
     phase_.fetch_add(1);
     phase_.notify_all();
     work(0);
@@ -45,7 +49,7 @@ void Pool::run(int count) {
     for (int spins = 0; done_.load(std::memory_order_acquire) < count;) {
         if (++spins < patience) {
             relax();
-        } else if (copied_ != 0 && back_up(next_.load() >> PHASE_SHIFT)) {
+        } else if (copied_ != 0 && back_up()) {
             spins = 0;
         } else {
             // A helper lost its core in the middle of a task: it can have this one.
@@ -56,11 +60,11 @@ void Pool::run(int count) {
 }
 
 // Does a task of this race again that a helper is not through with. False: there is none.
-bool Pool::back_up(uint64_t phase) {
-    for (Held& held : held_) {
-        const uint64_t task = held.task.load(std::memory_order_acquire);
-        if (task >> PHASE_SHIFT != phase || task <= LATE) continue;
-        Claim claim(held.task, task, LATE);
+bool Pool::back_up() {
+    for (Share& share : shares_) {
+        const uint64_t task = share.held.load(std::memory_order_acquire);
+        if (task <= LATE || task >> PHASE_SHIFT != number_) continue;
+        Claim claim(share.held, task, LATE);
         call_(task_, static_cast<int>(task & COUNT_MASK), 0, claim);
         if (claim.first_) done_.fetch_add(1);
         return true;
@@ -69,12 +73,12 @@ bool Pool::back_up(uint64_t phase) {
 }
 
 void Pool::settle() {
-    for (Held& held : held_) {
-        for (int spins = 0; held.task.load(std::memory_order_acquire) == LATE;) {
+    for (Share& share : shares_) {
+        for (int spins = 0; share.held.load(std::memory_order_acquire) == LATE;) {
             if (++spins < SPINS) {
                 relax();
             } else {
-                held.task.wait(LATE, std::memory_order_acquire);
+                share.held.wait(LATE, std::memory_order_acquire);
             }
         }
     }
@@ -82,12 +86,17 @@ void Pool::settle() {
 
 // Tasks, until there are none.
 void Pool::work(int thread) {
-    for (;;) {
-        const uint64_t taken = next_.fetch_add(1, std::memory_order_acq_rel);
-        const auto index = static_cast<int>(taken & COUNT_MASK);
-        const auto count = static_cast<int>(taken >> COUNT_BITS & COUNT_MASK);
-        if (index >= count) return;
-        if (perform(index, thread, taken) && done_.fetch_add(1) + 1 == count) done_.notify_one();
+    const auto parts = static_cast<int>(shares_.size());
+    for (int i = 0; i < parts; i++) {
+        std::atomic<uint64_t>& next = shares_[(thread + i) % parts].next;
+        for (;;) {
+            const uint64_t taken = next.fetch_add(1, std::memory_order_acq_rel);
+            const auto index = static_cast<int>(taken & COUNT_MASK);
+            if (index >= static_cast<int>(taken >> COUNT_BITS & COUNT_MASK)) break;
+            if (!perform(index, thread, taken)) continue;
+            const int count = count_;
+            if (done_.fetch_add(1) + 1 == count) done_.notify_one();
+        }
     }
 }
 
@@ -102,7 +111,7 @@ bool Pool::perform(int index, int thread, uint64_t taken) {
     alignas(64) std::byte task[MAX_TASK];
     memcpy(task, task_, copied_);
     const Call call = call_;
-    std::atomic<uint64_t>& held = held_[thread].task;
+    std::atomic<uint64_t>& held = shares_[thread].held;
     held.store(taken, std::memory_order_release);
     Claim claim(held, taken, NOTHING);
     call(task, index, thread, claim);

@@ -91,30 +91,34 @@ private:
     using Call = void (*)(const void*, int, int, Claim&);
 
     void run(int count);
-    bool back_up(uint64_t phase);
+    bool back_up();
     void work(int thread);
     bool perform(int index, int thread, uint64_t taken);
     void help(int thread);
 
-    // The number of the phase, its count and the next task in one word: who takes a task knows at
-    // once whether there is one, and while it is being done the phase cannot end, nor call_ and
-    // task_ change.
     static constexpr int COUNT_BITS = 24, PHASE_SHIFT = 2 * COUNT_BITS;
     static constexpr uint64_t COUNT_MASK = (uint64_t{1} << COUNT_BITS) - 1;
     static constexpr uint64_t NOTHING = 0, LATE = 1;
     static constexpr size_t MAX_TASK = 128;
-    struct alignas(64) Held {
-        std::atomic<uint64_t> task{NOTHING};
+    // Of a thread. Neighbouring tasks read neighbouring memory, which the hardware fetches ahead:
+    // each thread begins with a part of its own, then helps with those of others.
+    struct alignas(64) Share {
+        // The number of the phase, the end of the part and the next task in one word: who takes a
+        // task knows at once whether there is one, and while it is being done the phase cannot
+        // end, nor call_, task_ and count_ change.
+        std::atomic<uint64_t> next{0};
+        // The task of a race that it does, as in `next`; LATE: the caller was faster.
+        alignas(64) std::atomic<uint64_t> held{NOTHING};
     };
 
-    alignas(64) std::atomic<uint64_t> next_{0};
+    std::vector<Share> shares_;
     alignas(64) std::atomic<int> done_{0};   // tasks of this phase
     alignas(64) std::atomic<int> phase_{0};  // helpers wait for it to change
     Call call_ = nullptr;
     const void* task_ = nullptr;
     size_t copied_ = 0;  // bytes of a task of a race; 0: the phase is none
-    // Of each thread: the task of a race that it does, as in `next_`; LATE: the caller was faster.
-    std::vector<Held> held_;
+    int count_ = 0;      // tasks of the phase
+    uint64_t number_ = 0;
     std::atomic<bool> ending_{false};
     std::vector<std::thread> helpers_;
 };
