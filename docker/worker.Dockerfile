@@ -1,6 +1,6 @@
 # The worker: PyTorch for CPUs (default) or CUDA, the CPU kernels, and a model.
 #
-#   docker build -f docker/worker.Dockerfile -t fastserve/worker .
+#   docker build -f docker/worker.Dockerfile -t fastserve/worker --build-arg TORCH_INDEX=... .
 #   docker build -f docker/worker.Dockerfile -t fastserve/worker:0.1.0-cuda --build-arg DEVICE=cuda .
 #
 # MODEL=none leaves the model out: mount one and name it with FASTSERVE_MODEL.
@@ -11,12 +11,14 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 ARG PIP_ARGS=""
-# The CUDA build comes from the default index and brings CUDA's libraries; the driver is the host's.
+# What the default index has for Linux brings CUDA's libraries (the driver is the host's) and runs on
+# CPUs too; an index of builds for CPUs alone, named on pytorch.org, makes an image without them.
 ARG DEVICE=cpu
+ARG TORCH_INDEX=""
 RUN python3 -m venv /build && python3 -m venv --without-pip /opt/venv
 COPY docker/locks/build.txt docker/locks/worker.txt /locks/
 RUN case "${DEVICE}" in \
-      cpu) torch_args="--no-deps --index-url https://download.pytorch.org/whl/cpu" ;; \
+      cpu) torch_args="${TORCH_INDEX:+--no-deps --index-url ${TORCH_INDEX}}" ;; \
       cuda) torch_args="" ;; \
       *) echo "DEVICE is ${DEVICE}: cpu or cuda" >&2; exit 1 ;; \
     esac \

@@ -32,6 +32,10 @@ def estimates(rig: Rig) -> dict[str, float]:
 
 def at_level(rig: Rig, name: str, level: int, used: float = 0.0) -> Job:
     rig.submit(name)
+    return to_level(rig, name, level, used)
+
+
+def to_level(rig: Rig, name: str, level: int, used: float = 0.0) -> Job:
     job = rig.job(name)
     job.level, job.used = level, used
     group_of(rig).queue.update(job)
@@ -234,6 +238,30 @@ def starving_in_turn(kv_strategy: str) -> float:
 
 def test_who_is_lifted_next_comes_back_before_that() -> None:
     assert starving_in_turn("proactive") < starving_in_turn("reactive") / 2
+
+
+def test_the_next_in_line_comes_back_long_before_its_turn() -> None:
+    """In place of one behind it, whatever the estimate: a running answer may end at any time."""
+    rig = Rig(
+        {"policy": "skip-join-mlfq", "levels": 4, "quantum_s": 1.0, "kv_write_through": False},
+        device_blocks=18,
+        max_num_seqs=1,
+    )
+    for name in "ab":
+        rig.submit(name, prompt=20, max_tokens=20)
+        rig.run(2)
+        to_level(rig, name, 3)
+    rig.submit("running", prompt=12, max_tokens=30)
+    while rig.job("b").kv is not KvState.HOST:
+        rig.run(1)
+    assert rig.job("a").kv is KvState.DEVICE
+    to_level(rig, "b", 2)  # the order turns, and with it who should be on the device
+    assert estimates(rig)["b"] > 0.5
+    while rig.job("b").kv is not KvState.DEVICE:
+        rig.run(1)
+    assert rig.job("running").state is JobState.RUNNING
+    assert rig.job("a").kv is KvState.HOST
+    assert set(rig.run(100)) == {"a", "b", "running"}
 
 
 # --- copies ahead of leaving, and leaving without one --------------------------------------------

@@ -176,13 +176,17 @@ async def run_all(
         if base <= 0:
             say("no request was answered")
             return reports
+        first = 0
         for seed in load.seeds:
+            # Each is first in turn: the machine is not the same for the first and the last.
+            order = [*stacks[first:], *stacks[:first]]
+            first = (first + 1) % len(stacks)
             for share in load.loads:
                 rate = share * base
                 jobs = jobs_of(load, max(2, round(rate * load.seconds)), seed, rate)
                 # Prompts differ from run to run, or else a later one would find them cached.
                 requests = made(jobs, maker, seed * 1_000_000 + round(share * 1000), {})
-                for stack in stacks:
+                for stack in order:
                     if stop.is_set():
                         return reports
                     one = await _one(stack, load, requests, share, rate, seed, stop)

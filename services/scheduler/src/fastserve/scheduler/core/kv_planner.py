@@ -5,8 +5,9 @@ first come back first. Three occasions:
 - a job that should run has no room: worse ones leave, at once and for it;
 - ahead of need, few blocks are free: jobs without a row leave until a reserve is free, so that
   newcomers and growing rows find room while others are still leaving;
-- ahead of need, jobs on the host come back: while plenty is free, and when an upload would end no
-  sooner than they are to run also in place of jobs that run so much later that they can be back.
+- ahead of need, jobs on the host come back: while plenty is free, and the next few in line, or who
+  is to run by the time an upload ends, also in place of jobs that run so much later that they can
+  be back.
 Plenty is twice the reserve, and who leaves for a job that comes back has time for both ways, so
 that no job goes to and fro.
 
@@ -28,6 +29,9 @@ from fastserve.scheduler.core.types import JobState, KvOpKind, KvState, KvStrate
 _LARGEST_RESERVE = 0.25
 # So often a job may lose its KV cache for a younger one.
 _MOST_DROPS = 2
+# So many that wait for a row, the next ones in line, are kept on the device: estimates say who is
+# next better than when, as answers end unannounced.
+_NEXT_IN_LINE = 2
 
 
 def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
@@ -141,22 +145,24 @@ def fetch(draft: Draft, job: Job) -> None:
 
 def bring_back(draft: Draft) -> None:
     """Upload jobs that will run soon, the next one first: while plenty is free, and when it is time
-    also in place of jobs that will run much later."""
+    or they are the next in line also in place of jobs that will run much later."""
     group = draft.group
     if not group.host_used:
         return
     reserve = reserve_blocks(group, draft.now)
-    soon = sorted(
+    waiting = sorted(
         (draft.next_at(job), draft.place(job), job)
         for job in draft.looked_at()
-        if job.kv is KvState.HOST and job.op is None and job not in draft.starved
+        if job not in draft.chosen
     )
     victims: list[Job] | None = None
-    for next_at, _, job in soon:
+    for turn, (next_at, _, job) in enumerate(waiting):
+        if job.kv is not KvState.HOST or job.op is not None or job in draft.starved:
+            continue
         need = group.need(job, group.config.lease)
         short = need - draft.spare()
         if short + 2 * reserve > 0:
-            if next_at > _upload_s(group, job):
+            if turn >= _NEXT_IN_LINE and next_at > _upload_s(group, job):
                 return
             if victims is None:
                 victims = _idle(draft)
