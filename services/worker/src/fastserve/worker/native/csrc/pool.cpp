@@ -6,7 +6,7 @@ namespace fastserve {
 
 namespace {
 
-constexpr int SPINS = 1000;  // some 10 to 50 microseconds
+constexpr int SPINS = 1000;    // some 10 to 50 microseconds
 constexpr int PATIENCE = 200;  // before a task is done again
 
 void relax() {
@@ -89,11 +89,10 @@ void Pool::work(int thread) {
     const auto parts = static_cast<int>(shares_.size());
     for (int i = 0; i < parts; i++) {
         std::atomic<uint64_t>& next = shares_[(thread + i) % parts].next;
-        for (;;) {
+        while (left(next.load(std::memory_order_acquire))) {
             const uint64_t taken = next.fetch_add(1, std::memory_order_acq_rel);
-            const auto index = static_cast<int>(taken & COUNT_MASK);
-            if (index >= static_cast<int>(taken >> COUNT_BITS & COUNT_MASK)) break;
-            if (!perform(index, thread, taken)) continue;
+            if (!left(taken)) break;
+            if (!perform(static_cast<int>(taken & COUNT_MASK), thread, taken)) continue;
             const int count = count_;
             if (done_.fetch_add(1) + 1 == count) done_.notify_one();
         }

@@ -100,6 +100,10 @@ private:
     static constexpr uint64_t COUNT_MASK = (uint64_t{1} << COUNT_BITS) - 1;
     static constexpr uint64_t NOTHING = 0, LATE = 1;
     static constexpr size_t MAX_TASK = 128;
+    // Whether a part has tasks.
+    static constexpr bool left(uint64_t next) {
+        return (next & COUNT_MASK) < (next >> COUNT_BITS & COUNT_MASK);
+    }
     // Of a thread. Neighbouring tasks read neighbouring memory, which the hardware fetches ahead:
     // each thread begins with a part of its own, then helps with those of others.
     struct alignas(64) Share {
