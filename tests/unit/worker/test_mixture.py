@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.worker.model.mlp import ACTIVATIONS, Mixture
@@ -42,6 +42,7 @@ def defined(model: Mixture, token: torch.Tensor) -> torch.Tensor:
     return result
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     tokens=st.integers(1, 40),

@@ -196,9 +196,7 @@ def test_a_gemma_model_that_is_not_supported(
 def test_the_first_gemma_files_mean_the_same(tmp_path: Path) -> None:
     tiny_model(tmp_path, "Gemma", num_hidden_layers=1, tie_word_embeddings=True)
     config = ModelConfig.from_folder(tmp_path)
-    change_config(
-        tmp_path, hidden_act="gelu", hidden_activation=None, tie_word_embeddings="gone"
-    )
+    change_config(tmp_path, hidden_act="gelu", hidden_activation=None, tie_word_embeddings="gone")
     assert ModelConfig.from_folder(tmp_path) == config
 
 

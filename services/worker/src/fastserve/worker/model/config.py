@@ -213,9 +213,7 @@ def _gemma_in_common_words(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         raise ModelError(f"{path}: use_bidirectional_attention is not supported")
     named = raw.get("hidden_activation") or _TANH_GELU
     if named != _TANH_GELU:
-        raise ModelError(
-            f"{path}: hidden_activation {named} is not supported (only {_TANH_GELU})"
-        )
+        raise ModelError(f"{path}: hidden_activation {named} is not supported (only {_TANH_GELU})")
     # The first files say gelu, and mean its approximation all the same.
     activation = raw.get("hidden_act", "gelu")
     return {

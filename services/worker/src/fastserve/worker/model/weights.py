@@ -15,7 +15,6 @@ from fastserve.worker.model.errors import ModelError
 from fastserve.worker.model.files import weight_files
 from fastserve.worker.parallel.shards import Shard
 
-
 # What a mixture, and gate, up and down of one of its experts are called.
 _MIXTRAL_NAMES = ("block_sparse_moe", "w1", "w3", "w2")
 _EXPERT_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
