@@ -265,3 +265,24 @@ def test_small_jobs_pass_one_that_waits_for_memory_until_it_starves() -> None:
     assert rig.run(3) == [], "what is free is kept for the large one"
     ended = rig.run(40)
     assert ended[0] == "running" and set(ended) == {"running", "large", "late"}
+
+
+@pytest.mark.parametrize("strategy", ["proactive", "reactive", "recompute", "defer"])
+def test_the_device_is_never_full_of_jobs_that_wait_for_each_other(strategy: str) -> None:
+    """Each wants a block of the other; the younger is ahead in the order, and neither may lose its
+    cache for a younger one again. Nobody ever starves here."""
+    rig = Rig(
+        {"policy": "skip-join-mlfq", "levels": 6, "quantum_s": 1.0, "kv_strategy": strategy},
+        device_blocks=16,
+        host_blocks=0,
+        max_num_seqs=2,
+    )
+    for name in ("older", "younger"):
+        rig.submit(name, prompt=8, max_tokens=40)
+    rig.run(3)
+    older = rig.job("older")
+    older.level = 3
+    rig.scheduler._groups["w"].queue.update(older)
+    for name in ("older", "younger"):
+        rig.job(name).drops = 2
+    assert set(rig.run(120)) == {"older", "younger"}

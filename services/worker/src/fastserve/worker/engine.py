@@ -330,7 +330,7 @@ class Engine:
         sampling = [work[row][0] for row in batch.logit_rows]
         try:
             logits = self._model.forward(batch, self._kv)
-            rows = [SampleRow(j.params, j.tokens[: j.prompt_len], j.output_ids) for j in sampling]
+            rows = [_sample_row(job) for job in sampling]
             chosen = sample(logits, rows, self._eos)
         except (RuntimeError, ValueError, IndexError) as error:
             log.exception("the iteration failed")
@@ -367,6 +367,12 @@ class Engine:
     def _fail(self, job: Job, why: str, result: Iteration) -> None:
         job.finished = True
         result.failed.append((job.handle, why))
+
+
+def _sample_row(job: Job) -> SampleRow:
+    if job.params.plain_greedy:  # copies of the tokens would cost more than the choice
+        return SampleRow(job.params)
+    return SampleRow(job.params, job.tokens[: job.prompt_len], job.output_ids)
 
 
 def _why_not(job: Job | None, tokens: int) -> str:

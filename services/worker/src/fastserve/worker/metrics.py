@@ -30,6 +30,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self._prefills = self.iteration.labels("prefill")
+        self._decodes = self.iteration.labels("decode")
         self.control = Histogram(
             "fastserve_control_seconds",
             "Time between two iterations while rows were there to run: waiting for a plan, putting "
@@ -104,12 +106,12 @@ class Metrics:
         if not iteration.iteration:
             return
         prefilled = sum(new for _, new, _ in iteration.rows if new > 1)
-        phase = "prefill" if prefilled else "decode"
-        self.iteration.labels(phase).observe(iteration.seconds)
+        (self._prefills if prefilled else self._decodes).observe(iteration.seconds)
         if iteration.control_seconds is not None:
             self.control.observe(iteration.control_seconds)
         self._running.set(len(iteration.rows))
-        self._prompt.inc(prefilled)
+        if prefilled:
+            self._prompt.inc(prefilled)
         for _, known, device, host in iteration.lookups:
             for counter, tokens in (
                 (self.cache_queries, known),

@@ -123,20 +123,24 @@ def report_from(
         row_handles=[row[0] for row in iteration.rows],
         row_new_tokens=[row[1] for row in iteration.rows],
         row_computed=[row[2] for row in iteration.rows],
-        stalled_handles=iteration.stalled,
-        done_op_ids=[op.op_id for op in iteration.ops],
-        done_status=[_STATUS[op.status] for op in iteration.ops],
-        done_tokens=[op.tokens for op in iteration.ops],
-        done_bytes=[op.bytes for op in iteration.ops],
-        done_seconds=[op.seconds for op in iteration.ops],
         free_device_blocks=free_device,
         free_host_blocks=free_host,
         started_unix_s=iteration.started,
         seconds=iteration.seconds,
         context_tokens=iteration.context_tokens,
-        failed_handles=[handle for handle, _ in iteration.failed],
-        failures=[why for _, why in iteration.failed],
     )
+    # Most iterations have none of the following, and every field that is named costs time.
+    for handle in iteration.stalled:
+        report.stalled_handles.append(handle)
+    for op in iteration.ops:
+        report.done_op_ids.append(op.op_id)
+        report.done_status.append(_STATUS[op.status])
+        report.done_tokens.append(op.tokens)
+        report.done_bytes.append(op.bytes)
+        report.done_seconds.append(op.seconds)
+    for handle, why in iteration.failed:
+        report.failed_handles.append(handle)
+        report.failures.append(why)
     for handle, _, device, host in iteration.lookups:
         if device + host:
             report.cached_handles.append(handle)

@@ -24,6 +24,7 @@ class Draft:
     that do not fit yet. Whoever comes later in the order must leave them alone.
     kept: likewise, but the others only become free when jobs end. Jobs that are on the device may
     use them to go on, or nothing would ever end; nobody else may.
+    unblocked: takes memory as if it starved, since nobody could go on.
     """
 
     group: Group
@@ -36,6 +37,7 @@ class Draft:
     kept: int = 0
     starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
     promised: set[Job] = field(default_factory=set)  # of them, those that room comes for
+    unblocked: Job | None = None
     evicted: dict[Job, PreemptMode] = field(default_factory=dict)
     times: dict[Job, float] = field(default_factory=dict)  # see `next_at`
     ranks: dict[Job, int] = field(default_factory=dict)  # of `head`, once somebody asked

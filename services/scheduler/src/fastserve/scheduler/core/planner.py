@@ -46,6 +46,8 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     draft.move_kv()
     head = draft.head = _head(group)
     _choose_rows(draft, chain(head, _behind(group, head)), now)
+    if not draft.rows and not group.ops and group.resident:
+        _let_oldest_go_on(draft, now)
     group.held_up = kv_planner.held_up(draft)
     if group.config.kv_strategy is KvStrategy.PROACTIVE:
         kv_planner.keep_reserve(draft)
@@ -147,13 +149,22 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
             return
 
 
+def _let_oldest_go_on(draft: Draft, now: float) -> None:
+    """Everyone on the device needs more memory, and nobody may take it from another one: rather than
+    that all wait until somebody starves, the oldest takes it."""
+    draft.unblocked = min(draft.group.resident, key=lambda job: job.seq)
+    draft.starved.discard(draft.unblocked)
+    _choose_rows(draft, [draft.unblocked], now)
+
+
 def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
     """Whether it can have a row now, with `need` blocks in all. If not, see that it can soon."""
     group = draft.group
     resident = job.booked > 0
     more = need - job.booked
     if more > draft.spare(resident=resident):
-        starving = now - job.wait_since >= group.config.starvation_s
+        waited = now - job.wait_since
+        starving = waited >= group.config.starvation_s or job is draft.unblocked
         coming = kv_planner.make_room(draft, job, more, starving=starving)
         if more > draft.spare(resident=resident):
             # Smaller ones may pass it if it has to wait for others to end, but not for ever.

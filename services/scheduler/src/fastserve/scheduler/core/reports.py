@@ -45,9 +45,11 @@ class ReportReader:
             raise ProtocolError(f"report of plan {report.plan_id}, sent were {group.plan_id}")
         if report.iteration and report.iteration != group.iteration + 1:
             raise ProtocolError(f"iteration {report.iteration} after {group.iteration}")
-        for op_id, times in Counter(done.op_id for done in report.ops).items():
-            if op_id not in group.ops or times > 1:
-                raise ProtocolError(f"KV operation {op_id} was never sent, or ended twice")
+        ended: set[int] = set()
+        for done in report.ops:
+            if done.op_id not in group.ops or done.op_id in ended:
+                raise ProtocolError(f"KV operation {done.op_id} was never sent, or ended twice")
+            ended.add(done.op_id)
         _check_sense(group, report)
         group.iteration += bool(report.iteration)
         group.reached(report.plan_id, bool(report.iteration))

@@ -7,10 +7,8 @@ beside it, so its logits are the same bits alone, in any batch, and for any cut 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from array import array
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastserve.worker.model.batch import Batch
@@ -148,7 +146,7 @@ class NativeModel:
             starts.append(len(flat))
             flat += table
         arrays = [
-            _int32(values)
+            array("i", values)  # a third of the time of a NumPy array and its address
             for values in (
                 batch.token_ids,
                 batch.query_lens,
@@ -162,14 +160,10 @@ class NativeModel:
             len(batch.token_ids),
             len(batch.query_lens),
             len(batch.logit_rows),
-            *(array.ctypes.data for array in arrays),
+            *(numbers.buffer_info()[0] for numbers in arrays),
             kv.data.data_ptr(),
             logits.data_ptr(),
             stride,
         )
         self._library.call("fs_model_forward", self._model, ctypes.byref(native))
         return logits[:, :vocab]
-
-
-def _int32(values: Sequence[int]) -> npt.NDArray[np.int32]:
-    return np.array(values, dtype=np.int32)

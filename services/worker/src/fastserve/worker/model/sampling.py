@@ -6,10 +6,10 @@ recomputed after a failure comes out the same, whatever batch it is in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
@@ -62,11 +62,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """What the choice of one row depends on. `len(output_ids)` is the position to be sampled."""
+    """What the choice of one row depends on. `len(output_ids)` is the position to be sampled.
+
+    A plain greedy one depends on no tokens: they may be left out.
+    """
 
     params: SamplingParams
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,6 @@ def uniform(seed: int, position: int) -> float:
     return (z >> 11) * 2.0**-53
 
 
-@torch.inference_mode()
 def sample(
     logits: torch.Tensor, rows: Sequence[SampleRow], eos_token_ids: frozenset[int]
 ) -> list[Sampled | None]:
@@ -113,13 +115,13 @@ def _likeliest(logits: torch.Tensor) -> tuple[list[bool], list[int]]:
     # One NaN makes the maximum NaN; +inf shows as itself; -inf everywhere too.
     if logits.device.type == "cpu":  # NumPy does it ten times as fast as torch.max
         numbers = logits.numpy()
-        places = numbers.argmax(axis=-1)
-        best = numbers[np.arange(len(numbers)), places]
-        return np.isfinite(best).tolist(), places.tolist()
+        places = numbers.argmax(axis=-1).tolist()
+        return [math.isfinite(row[at]) for row, at in zip(numbers, places, strict=True)], places
     values, indexes = logits.max(dim=-1)
     return values.isfinite().tolist(), indexes.tolist()
 
 
+@torch.inference_mode()
 def _sample_row(logits: torch.Tensor, row: SampleRow, eos: frozenset[int]) -> Sampled:
     params = row.params
     changed = _changed_logits(logits, row, eos) if params.changes_logits else logits

@@ -41,8 +41,7 @@ struct Attend {
         }
         float* at[N];
         for (int i = 0; i < N; i++) {
-            at[i] = out + (task.token + i / task.heads) * stride +
-                    (task.head + i % task.heads) * kv.dim;
+            at[i] = out + i / task.heads * stride + i % task.heads * kv.dim;
         }
         const int panels = kv.dim / LANES;
         int panel = 0;

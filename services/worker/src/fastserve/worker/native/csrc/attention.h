@@ -49,9 +49,9 @@ int max_queries(Dtype kv, int dim);
 // Floats of scratch memory that a task needs.
 size_t attention_scratch(const AttentionTask& task, int dim);
 
-// queries: words [batch tokens, all heads, dim / STEP] in the format of `kv`. out[token, head * dim]
-// gets the result; `stride` floats from token to token. window: how many positions a query sees,
-// itself included (0: all).
+// queries: words [batch tokens, all heads, dim / STEP] in the format of `kv`. out [tokens, heads *
+// dim] gets the results of the task; `stride` floats from token to token. window: how many positions
+// a query sees, itself included (0: all).
 void attend(const KvPages& kv, int layer, const AttentionTask& task, const int32_t* queries,
             int all_heads, int window, float* out, size_t stride, float* scratch);
 

@@ -50,12 +50,11 @@ struct Attend {
         const int left = task.position + task.tokens - (span.first + span.count - 1) * LANES;
         shapes.set_short(count, VALUE_WORDS, (left + 1) / Bf16::STEP);
         const int panels = kv.dim / LANES;
-        float* at = out + task.token * stride + task.head * kv.dim;
         int panel = 0;
         for (; panel + MAX_TILES <= panels; panel += MAX_TILES) {
-            values<MAX_TILES>(panel, inverse, at, stride);
+            values<MAX_TILES>(panel, inverse, out, stride);
         }
-        for (; panel < panels; panel += 2) values<2>(panel, inverse, at, stride);
+        for (; panel < panels; panel += 2) values<2>(panel, inverse, out, stride);
     }
 
     const int32_t* page(bool of_values, int tile) const {

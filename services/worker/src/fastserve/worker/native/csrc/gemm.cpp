@@ -22,7 +22,7 @@ ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
 
 // MR rows from `row` on, with a strip of NB panels.
 template <class T, int MR, int NB>
-void tile(const Product& p, int row, int strip) {
+void tile(const Product& p, int row, int strip, Pool::Claim& claim) {
     constexpr bool INT8 = std::is_same_v<T, Int8>;
     constexpr int GROUP = group_words(INT8 ? Dtype::INT8 : Dtype::F32);
     const Rows& x = p.x;
@@ -55,10 +55,11 @@ void tile(const Product& p, int row, int strip) {
             }
         }
     }
+    if (!claim()) return;
     for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
 }
 
-using Tile = void (*)(const Product&, int row, int strip);
+using Tile = void (*)(const Product&, int row, int strip, Pool::Claim&);
 
 // Tiles of MR rows and 1 to 4 panels.
 template <class T, int MR>
@@ -76,9 +77,10 @@ constexpr const Tile* tiles_of(int rows) {
 // The rows [row, end) with a strip of so many panels.
 template <class T>
 void block(const Product& product, int row, int end, int strip, int panels) {
+    Pool::Claim sure;
     for (int tiles = (end - row + MAX_ROWS - 1) / MAX_ROWS; tiles > 0; tiles--) {
         const int count = (end - row + tiles - 1) / tiles;  // evenly, not 6, 6, 1
-        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip);
+        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure);
         row += count;
     }
 }
@@ -97,6 +99,16 @@ void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind,
                      : AMX                    ? block_amx
                                               : block<Bf16>;
     const Product product{x, w, kind, out, stride};
+    if (rows <= MAX_ROWS && !(AMX && w.dtype == Dtype::BF16)) {  // a tile for each strip
+        const Tile* tiles = w.dtype == Dtype::F32    ? tiles_of<F32, MAX_ROWS>(rows)
+                            : w.dtype == Dtype::INT8 ? tiles_of<Int8, MAX_ROWS>(rows)
+                                                     : tiles_of<Bf16, MAX_ROWS>(rows);
+        pool.race(w.strips(), [product, tiles](int strip, int, Pool::Claim& claim) {
+            const Linear& w = product.w;
+            tiles[std::min(w.width, w.panels - strip * w.width) - 1](product, 0, strip, claim);
+        });
+        return;
+    }
     const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
     pool.each(w.strips() * blocks, [&](int task, int) {
         const int first = task / w.strips() * ROW_BLOCK, strip = task % w.strips();

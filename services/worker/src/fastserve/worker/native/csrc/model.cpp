@@ -29,11 +29,12 @@ void rope(float* x, const float* cos, const float* sin, int dim) {
 }  // namespace
 
 Model::Model(const Shape& shape)
-    : shape_(shape), pool_(shape.threads), layers_(shape.layers),
+    : shape_(shape), layers_(shape.layers),
       hidden_stride_(padded(shape.hidden)),
       qkv_stride_(padded((shape.heads + 2 * shape.kv_heads) * shape.dim)),
       attended_stride_(padded(shape.heads * shape.dim)),
-      middle_stride_(padded(shape.intermediate)), scratch_(shape.threads) {}
+      middle_stride_(padded(shape.intermediate)), scratch_(shape.threads),
+      pool_(shape.threads) {}
 
 void Model::set_matrix(int layer, Weight which, int outputs, int inputs, const float* weight,
                        const float* bias) {
@@ -67,6 +68,7 @@ void Model::set_rope(const float* cos, const float* sin) {
 }
 
 void Model::forward(const Batch& batch) {
+    pool_.settle();  // what a late task reads stays as it is and where it is until here
     plan(batch);
     const int count = batch.tokens;
     const KvPages kv{batch.kv,          shape_.layers, shape_.kv_heads,
@@ -85,6 +87,7 @@ void Model::plan(const Batch& batch) {
     tokens_.clear();
     attention_.clear();
     wanted_.clear();
+    copy_tables(batch);
     // Heads that share their keys go together, as long as there is a task for every thread.
     const int group = shape_.heads / shape_.kv_heads;
     const int most = max_queries(static_cast<Dtype>(shape_.kv), shape_.dim);
@@ -95,8 +98,8 @@ void Model::plan(const Batch& batch) {
     };
     while (together > 1 && tasks() < 2 * shape_.threads) together = (together + 1) / 2;
     size_t scratch = hidden_stride_;
-    for (int row = 0; row < batch.rows; row++) {
-        const int32_t* table = batch.block_tables + batch.table_starts[row];
+    const int32_t* table = tables_.data();
+    for (int row = 0; row < batch.rows; table += blocks_of(batch, row++)) {
         const int count = batch.query_lens[row], start = batch.context_lens[row] - count;
         const int first = static_cast<int>(tokens_.size());
         for (int i = 0; i < count; i++) tokens_.push_back({table, start + i, i + 1 == count});
@@ -107,7 +110,8 @@ void Model::plan(const Batch& batch) {
                 attention_.push_back({table, first + i, start + i, std::min(span, count - i), head,
                                       in_group, head / group});
                 head += in_group;
-                scratch = std::max(scratch, attention_scratch(attention_.back(), shape_.dim));
+                scratch = std::max(scratch, attention_scratch(attention_.back(), shape_.dim) +
+                                                span * in_group * shape_.dim);
             }
         }
     }
@@ -133,6 +137,19 @@ void Model::plan(const Batch& batch) {
     for (auto& buffer : scratch_) buffer.reserve(scratch);
 }
 
+int Model::blocks_of(const Batch& batch, int row) const {
+    return (batch.context_lens[row] + shape_.block_size - 1) / shape_.block_size;
+}
+
+// The caller's go with the iteration, which a late task may outlast.
+void Model::copy_tables(const Batch& batch) {
+    tables_.clear();
+    for (int row = 0; row < batch.rows; row++) {
+        const int32_t* table = batch.block_tables + batch.table_starts[row];
+        tables_.insert(tables_.end(), table, table + blocks_of(batch, row));
+    }
+}
+
 // task(row, thread) for all rows, a few at a time.
 template <class Task>
 void Model::each_row(int rows, const Task& task) {
@@ -149,9 +166,17 @@ void Model::layer(int index, int tokens, const KvPages& kv) {
     });
     multiply(pool_, hidden_words_, tokens, layer.qkv, Output::STORE, qkv_.get(), qkv_stride_);
     each_row(tokens, [&](int token, int) { rotate(token, index, kv); });
-    pool_.each(static_cast<int>(attention_.size()), [&](int i, int thread) {
-        attend(kv, index, attention_[i], queries_.get(), shape_.heads, shape_.window,
-               attended_.get(), attended_stride_, scratch_[thread].get());
+    pool_.race(static_cast<int>(attention_.size()), [=, this](int i, int thread, auto& claim) {
+        const AttentionTask& task = attention_[i];
+        const size_t width = static_cast<size_t>(task.heads) * shape_.dim;
+        float* found = scratch_[thread].get();
+        attend(kv, index, task, queries_.get(), shape_.heads, shape_.window, found, width,
+               found + task.tokens * width);
+        if (!claim()) return;
+        float* out = attended_.get() + task.token * attended_stride_ + task.head * shape_.dim;
+        for (int token = 0; token < task.tokens; token++) {
+            std::copy_n(found + token * width, width, out + token * attended_stride_);
+        }
     });
     each_row(tokens, [&](int token, int) {
         attended_words_.put(token, attended_.get() + static_cast<size_t>(token) * attended_stride_);

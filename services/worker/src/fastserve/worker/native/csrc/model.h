@@ -69,6 +69,8 @@ private:
     };
 
     void plan(const Batch& batch);
+    int blocks_of(const Batch& batch, int row) const;
+    void copy_tables(const Batch& batch);
     void layer(int index, int tokens, const KvPages& kv);
     void embed(int token, int32_t id);
     // hidden_words_[slot] = x[token], normalised and ready for a product.
@@ -78,7 +80,6 @@ private:
     void each_row(int rows, const Task& task);
 
     const Shape shape_;
-    Pool pool_;
     Arena arena_;  // of the matrices
     std::vector<Layer> layers_;
     Buffer<float> final_norm_;
@@ -88,6 +89,7 @@ private:
     const float *cos_ = nullptr, *sin_ = nullptr;
 
     // Of the batch that runs.
+    std::vector<int32_t> tables_;  // the blocks of each row, one row after the other
     std::vector<Token> tokens_;
     std::vector<AttentionTask> attention_;
     std::vector<int> wanted_;  // tokens whose logits are wanted
@@ -96,6 +98,7 @@ private:
     Buffer<int32_t> queries_;                    // words [tokens, heads, dim / STEP]
     Rows hidden_words_, attended_words_, middle_words_;  // inputs of products
     std::vector<Buffer<float>> scratch_;                 // one for each thread
+    Pool pool_;  // the last: it ends before what its tasks read
 };
 
 }  // namespace fastserve
