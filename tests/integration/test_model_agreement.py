@@ -23,7 +23,7 @@ from fastserve.worker.model.choose import AnyModel, choose, load
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache
-from fastserve.worker.model.loader import load_native
+from fastserve.worker.model.loader import load_model, load_native
 from fastserve.worker.model.sampling import SamplingParams
 from fastserve.worker.native.library import best_library
 from support.prompts import PROMPTS
@@ -275,3 +275,12 @@ def test_every_architecture_agrees(variant: str, kernels: str, tmp_path: Path) -
         assert found.spread > 0.5, "logits so small that they agree by chance"
         assert found.wrong == 0
         assert found.largest < TOLERANCE
+
+
+def test_gemma_rounds_the_scale_of_embeddings_as_in_training(tmp_path: Path) -> None:
+    theirs = tiny_model(tmp_path, "Gemma", hidden_size=72, tie_word_embeddings=True).bfloat16()
+    model = load_model(tmp_path, torch.bfloat16, CPU)
+    ids = torch.arange(VOCAB)
+    assert torch.equal(model.rows(ids), theirs.model.embed_tokens(ids))
+    exact = (theirs.model.embed_tokens.weight.float() * 72**0.5).bfloat16()
+    assert not torch.equal(model.rows(ids), exact)
