@@ -16,8 +16,16 @@ from support import services
 
 ROOT = Path(__file__).parents[3]
 PAGES = sorted([ROOT / "README.md", ROOT / "helm" / "README.md", *(ROOT / "docs").glob("*.md")])
-# Flags of other programs: kubectl, helm, docker-compose, mypy.
-OTHERS = {"--cascade", "--detach", "--from-literal", "--strict", "--volumes", "--wait"}
+# Flags of other programs: docker, kubectl, helm, docker-compose, mypy.
+OTHERS = {
+    "--build-arg",
+    "--cascade",
+    "--detach",
+    "--from-literal",
+    "--strict",
+    "--volumes",
+    "--wait",
+}
 # Variables that tests and commands read, beside those of the services.
 VARIABLES = {"FASTSERVE_TEST_TRACE", "FASTSERVE_TEST_PROMPTS"}
 

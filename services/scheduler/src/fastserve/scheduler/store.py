@@ -8,7 +8,6 @@ that Redis holds tells that Redis has lost something.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from importlib import resources
 from typing import Any, Final, cast
 
 import structlog
-from redis.asyncio import Connection, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from fastserve.common.errors import StartupError
 from fastserve.scheduler.store_errors import (
@@ -83,12 +82,11 @@ class Store:
         self._slow_told = float("-inf")
         self._base = f"fastserve:{{{shard}}}:"
         self._keys = [f"{self._base}epoch"]
-        self._write = _DirectScript(self._redis.connection_pool.make_connection(), "write")
+        self._write = self._redis.register_script(_script("write"))
         self._read = self._redis.register_script(_script("read"))
         self._lease = self._redis.register_script(_script("lease"))
 
     async def close(self) -> None:
-        await self._write.close()
         await self._redis.aclose()
 
     async def ping(self) -> None:
@@ -133,8 +131,7 @@ class Store:
         """Write the changes of an iteration; `keep_s` is how long ended jobs stay.
 
         `seq` grows by one with every write of an epoch. `resync`: what Redis holds may be older
-        than the write before this one. One at a time. Raises `FencedError`, `StoreLost`,
-        `StoreUnreachable`.
+        than the write before this one. Raises `FencedError`, `StoreLost`, `StoreUnreachable`.
         """
         previous = -1 if resync else seq - 1
         head = [epoch, seq, previous, f"{now_unix_s:.3f}", keep_s]
@@ -195,37 +192,6 @@ class Store:
         if now - self._slow_told > _SLOW_LOG_S:
             self._slow_told = now
             logger.warning("redis is slow", took_s=round(took_s, 3), advice=ADVICE[Trouble.SLOW])
-
-
-class _DirectScript:
-    """A script on a connection of its own, for one call at a time.
-
-    There is a write for every iteration, and what the client does around each command (a connection
-    from the pool and back, counters of its own) costs more than to send it and read the answer.
-    """
-
-    def __init__(self, connection: Connection, name: str) -> None:
-        self._connection = connection
-        self._source = _script(name)
-        self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
-
-    async def __call__(self, *, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Raises `RedisError`."""
-        connection = self._connection
-        if connection.is_connected and await connection.can_read():
-            await connection.disconnect()  # the server closed it; to send connects again
-        try:
-            return await self._do("EVALSHA", self._sha, len(keys), *keys, *args)
-        except NoScriptError:
-            await self._do("SCRIPT", "LOAD", self._source)
-            return await self._do("EVALSHA", self._sha, len(keys), *keys, *args)
-
-    async def _do(self, *command: Any) -> Any:
-        await self._connection.send_command(*command)
-        return await self._connection.read_response()
-
-    async def close(self) -> None:
-        await self._connection.disconnect()
 
 
 def _script(name: str) -> str:

@@ -150,8 +150,8 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
 
 
 def _let_oldest_go_on(draft: Draft, now: float) -> None:
-    """Everyone on the device needs more memory, and nobody may take it from another one: rather than
-    that all wait until somebody starves, the oldest takes it."""
+    """Everyone on the device needs more memory, and nobody may take it from another one: the oldest
+    takes it, or all of them would wait until somebody starves."""
     draft.unblocked = min(draft.group.resident, key=lambda job: job.seq)
     draft.starved.discard(draft.unblocked)
     _choose_rows(draft, [draft.unblocked], now)
