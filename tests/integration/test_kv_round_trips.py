@@ -180,6 +180,15 @@ async def test_bytes_and_text_survive_by_hand(quick: Texts, tmp_path: Path, tier
     await by_hand(quick, tmp_path, tier, seed=1)
 
 
+@pytest.mark.parametrize("architecture", ["Mixtral", "Gemma"])
+async def test_bytes_and_text_survive_in_other_families(tmp_path: Path, architecture: str) -> None:
+    tiny_model(tmp_path / "model", architecture, tie_word_embeddings=architecture == "Gemma")
+    model = load_model(tmp_path / "model", torch.float32, torch.device("cpu"))
+    prompts = [byte_tokenizer().encode(text).ids[:MOST] for text in hundred_prompts()[::25]]
+    texts = await undisturbed(model, 8, tmp_path, prompts)
+    await by_hand(texts, tmp_path, "host", seed=3)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("tier", TIERS)

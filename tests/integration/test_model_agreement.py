@@ -23,7 +23,7 @@ from fastserve.worker.model.choose import AnyModel, choose, load
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache
-from fastserve.worker.model.loader import load_native
+from fastserve.worker.model.loader import load_model, load_native
 from fastserve.worker.model.sampling import SamplingParams
 from fastserve.worker.native.library import best_library
 from support.prompts import PROMPTS
@@ -221,6 +221,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 44}
+TORCH_ONLY = ("Mixtral", "Qwen3Moe", "Gemma", "OPT")
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, rope llama3": ("Llama", {"rope_parameters": LLAMA3}),
@@ -238,6 +240,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3, tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {"num_local_experts": 6}),
+    "mixtral, window": ("Mixtral", {"sliding_window": 20, "num_experts_per_tok": 3}),
+    "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}),
+    # Of four layers the second alone has experts.
+    "qwen3-moe, dense layers": (
+        "Qwen3Moe",
+        {**EXPERTS, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
+    "gemma": ("Gemma", {"tie_word_embeddings": True, "head_dim": 32}),
+    "gemma, one KV head": ("Gemma", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "opt": ("OPT", {"ffn_dim": 112, "word_embed_proj_dim": 64, "tie_word_embeddings": True}),
 }
 
@@ -248,8 +260,8 @@ def test_every_architecture_agrees(variant: str, kernels: str, tmp_path: Path) -
     architecture, changes = VARIANTS[variant]
     if kernels == "native" and changes.get("head_dim") == 24:
         pytest.skip("the kernels want a multiple of 16")
-    if kernels == "native" and architecture == "OPT":
-        pytest.skip("the kernels are for the Llama family")
+    if kernels == "native" and architecture in TORCH_ONLY:
+        pytest.skip("the kernels do not have it")
     theirs = tiny_model(tmp_path, architecture, **changes)
     recorder = Recorder(loaded(prepare(str(tmp_path)), kernels))
     generator = torch.Generator().manual_seed(1)
@@ -263,3 +275,12 @@ def test_every_architecture_agrees(variant: str, kernels: str, tmp_path: Path) -
         assert found.spread > 0.5, "logits so small that they agree by chance"
         assert found.wrong == 0
         assert found.largest < TOLERANCE
+
+
+def test_gemma_rounds_the_scale_of_embeddings_as_in_training(tmp_path: Path) -> None:
+    theirs = tiny_model(tmp_path, "Gemma", hidden_size=72, tie_word_embeddings=True).bfloat16()
+    model = load_model(tmp_path, torch.bfloat16, CPU)
+    ids = torch.arange(VOCAB)
+    assert torch.equal(model.rows(ids), theirs.model.embed_tokens(ids))
+    exact = (theirs.model.embed_tokens.weight.float() * 72**0.5).bfloat16()
+    assert not torch.equal(model.rows(ids), exact)

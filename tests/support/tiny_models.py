@@ -41,7 +41,8 @@ def tiny_model(folder: Path, architecture: str = "Llama", seed: int = 0, **chang
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if name.endswith("norm.weight"):
-                weight.copy_(1 + 0.3 * noise)
+                usual = 0 if architecture == "Gemma" else 1  # Gemma itself adds 1
+                weight.copy_(usual + 0.3 * noise)
             else:
                 weight.copy_(0.15 * noise)
     model.save_pretrained(folder)

@@ -28,6 +28,25 @@ def test_weights_are_counted_as_the_model_has_them(folder: Path) -> None:
     assert sum(parameters(config)) == sum(matrix.numel() for matrix in matrices)
 
 
+def test_of_experts_those_count_that_are_chosen(tmp_path: Path) -> None:
+    theirs = tiny_model(tmp_path, "Mixtral", num_hidden_layers=1)
+    config = ModelConfig.from_folder(tmp_path)
+    matrices = [p for n, p in theirs.named_parameters() if p.dim() > 1 and "embed" not in n]
+    assert sum(parameters(config)) == sum(matrix.numel() for matrix in matrices)
+    expert = 3 * 64 * 112
+    assert sum(parameters(config)) - sum(parameters(config, 2)) == 6 * expert
+    way = choose(config, device="cpu", cpu_kernels="torch", threads=1)
+    slow = Limits(read=4.0, operations=1e30)  # a weight per second
+
+    def seconds(rows: int) -> float:
+        return limit_of(config, way, slow, rows=rows, tokens=1, context=1)[0]
+
+    kv = 2 * 2 * 16
+    assert seconds(1) == pytest.approx(sum(parameters(config, 2)) + kv)
+    both = 2 + 2 * 6 / 8  # what the second token chooses is new six times of eight
+    assert seconds(2) == pytest.approx(sum(parameters(config, both)) + 2 * kv)
+
+
 def test_the_limit_is_memory_for_one_row_and_arithmetic_for_a_prefill(folder: Path) -> None:
     config = ModelConfig.from_folder(folder)
     way = choose(config, device="cpu", cpu_kernels="torch", threads=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from fastserve.common.errors import StartupError
 from fastserve.worker.model import choose as module
 from fastserve.worker.model.choose import choose
-from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.config import GEMMA, OPT, Experts, ModelConfig
 from fastserve.worker.native import build
 from fastserve.worker.native.build import NativeError, levels, library
 from support.tiny_models import tiny_model
@@ -53,6 +54,23 @@ def test_what_the_kernels_do_not_cover_runs_in_torch(config: ModelConfig) -> Non
     assert choose(config, device="cpu", block_size=8).library is None
     with pytest.raises(StartupError, match="block size of 8"):
         choose(config, device="cpu", block_size=8, cpu_kernels="native")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architecture": OPT}, "OPT is not of the Llama family"),
+        ({"architecture": GEMMA}, "Gemma has another activation"),
+        ({"experts": Experts(4, 2, 16, True, ())}, "a mixture of experts"),
+    ],
+)
+def test_families_without_kernels_run_in_torch(
+    config: ModelConfig, changes: dict[str, Any], reason: str
+) -> None:
+    other = replace(config, **changes)
+    assert choose(other, device="cpu").library is None
+    with pytest.raises(StartupError, match=reason):
+        choose(other, device="cpu", cpu_kernels="native")
 
 
 @pytest.mark.parametrize(

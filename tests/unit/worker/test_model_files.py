@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastserve.common.errors import StartupError
+from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.errors import ModelError
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.loader import load_model
@@ -136,6 +137,67 @@ def test_an_opt_model_that_is_not_supported(
     tiny_model(tmp_path, "OPT", ffn_dim=112, word_embed_proj_dim=64, tie_word_embeddings=True)
     change_config(tmp_path, **changes)
     refused(tmp_path, tmp_path / "config.json", reason)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 of 4 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok 0 of 4 experts"),
+        ({"num_local_experts": "gone"}, "num_local_experts is missing"),
+        ({"moe_intermediate_size": "gone"}, "moe_intermediate_size is missing"),
+        ({"decoder_sparse_step": 0}, "makes no sense"),
+        ({"mlp_only_layers": 1}, "makes no sense"),
+        ({"hidden_size": 60}, "hidden_size 60 of experts is not a multiple of 8"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
+def test_a_mixture_of_experts_that_is_not_supported(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    tiny_model(tmp_path, "Qwen3Moe", num_hidden_layers=1, **EXPERTS)
+    change_config(tmp_path, **changes)
+    refused(tmp_path, tmp_path / "config.json", reason)
+
+
+def test_experts_in_int8_and_experts_that_are_missing(tmp_path: Path) -> None:
+    tiny_model(tmp_path, "Mixtral", num_hidden_layers=1, num_local_experts=4)
+    with pytest.raises(ModelError, match="int8 of a mixture of experts is not supported"):
+        load_model(tmp_path, torch.float32, CPU, int8=True)
+    name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    refused(tmp_path, tmp_path, f"lack the tensor {name}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"hidden_act": "silu"}, "hidden_act silu is not supported (only gelu_pytorch_tanh)"),
+        ({"hidden_activation": "gelu"}, "hidden_activation gelu is not supported"),
+        ({"head_dim": "gone"}, "head_dim is missing"),
+    ],
+)
+def test_a_gemma_model_that_is_not_supported(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    tiny_model(tmp_path, "Gemma", num_hidden_layers=1, tie_word_embeddings=True)
+    change_config(tmp_path, **changes)
+    refused(tmp_path, tmp_path / "config.json", reason)
+
+
+def test_the_first_gemma_files_mean_the_same(tmp_path: Path) -> None:
+    tiny_model(tmp_path, "Gemma", num_hidden_layers=1, tie_word_embeddings=True)
+    config = ModelConfig.from_folder(tmp_path)
+    change_config(tmp_path, hidden_act="gelu", hidden_activation=None, tie_word_embeddings="gone")
+    assert ModelConfig.from_folder(tmp_path) == config
 
 
 def test_a_broken_generation_config(folder: Path) -> None:

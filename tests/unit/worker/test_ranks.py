@@ -31,6 +31,12 @@ from support.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
 NINE_HEADS = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "mlp_only_layers": [1],
+}
 # Two prefills, one of them not to its end; then decodes of both with another prefill between.
 PREFILL = Batch([5, 6, 7, 8, 9, 250, 319], [4, 3], [4, 3], [[1], [2]], [0], [0])
 MIXED = Batch([11, 40, 41, 42, 12], [1, 3, 1], [5, 3, 4], [[1], [3], [2]], [0, 1, 2], [0, 1, 7])
@@ -41,20 +47,23 @@ def _kv(config: ModelConfig) -> KvCache:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "changes"),
+    ("tp", "pp", "architecture", "changes"),
     [
-        (3, 1, NINE_HEADS),
-        (2, 1, NINE_HEADS),  # 6 and 3 heads
-        (4, 1, {}),  # 2 KV heads: replicated
-        (1, 2, {"tie_word_embeddings": True}),
-        (1, 3, {}),
-        (2, 2, {"attention_bias": True}),
+        (3, 1, "Llama", NINE_HEADS),
+        (2, 1, "Llama", NINE_HEADS),  # 6 and 3 heads
+        (4, 1, "Llama", {}),  # 2 KV heads: replicated
+        (1, 2, "Llama", {"tie_word_embeddings": True}),
+        (1, 3, "Llama", {}),
+        (2, 2, "Llama", {"attention_bias": True}),
+        (2, 1, "Mixtral", {"intermediate_size": 37}),  # 19 and 18 features of each expert
+        (2, 2, "Qwen3Moe", EXPERTS),
+        (2, 2, "Gemma", {"tie_word_embeddings": True}),
     ],
 )
 def test_a_group_has_the_logits_of_the_whole_model(
-    tmp_path: Path, tp: int, pp: int, changes: dict[str, Any]
+    tmp_path: Path, tp: int, pp: int, architecture: str, changes: dict[str, Any]
 ) -> None:
-    tiny_model(tmp_path, **changes)
+    tiny_model(tmp_path, architecture, **changes)
     whole = load_model(tmp_path, torch.float32, CPU)
     store = dist.HashStore()  # type: ignore[attr-defined]
     threads, leader = [], []

@@ -22,7 +22,7 @@ from fastserve.common.errors import StartupError
 from fastserve.worker.bench.limits import Clock, Limits, best, measure_limits
 from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.choose import AnyModel, Way, choose, load
-from fastserve.worker.model.config import OPT, ModelConfig
+from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import DEFAULT_MODEL, prepare
 from fastserve.worker.model.kv_cache import KvCache
 
@@ -54,13 +54,19 @@ class Measured:
         return self.limit / self.seconds
 
 
-def parameters(config: ModelConfig) -> tuple[int, int]:
-    """Weights in all layers, and in the head."""
-    hidden, dim = config.hidden_size, config.head_dim
-    heads = config.num_heads * 2 + config.num_kv_heads * 2  # q and output, k and v
-    products = 2 if config.architecture == OPT else 3  # up and down; gate
-    layer = hidden * dim * heads + products * hidden * config.intermediate_size
-    return layer * config.num_layers, hidden * config.vocab_size
+def parameters(config: ModelConfig, chosen: float | None = None) -> tuple[float, int]:
+    """Weights in all layers, and in the head. chosen: experts that count (None: all)."""
+    layers = sum(config.layer_weights(layer, chosen) for layer in range(config.num_layers))
+    return layers, config.hidden_size * config.vocab_size
+
+
+def _experts(config: ModelConfig, tokens: int) -> tuple[float, float]:
+    """Experts of a layer that a token computes, and that `tokens` of them read together, on
+    average and if they choose evenly."""
+    if config.experts is None:
+        return 0, 0
+    count, each = config.experts.count, config.experts.per_token
+    return each, count * (1 - (1 - each / count) ** tokens)
 
 
 def weight_bytes(way: Way) -> float:
@@ -73,12 +79,14 @@ def limit_of(
 ) -> tuple[float, str]:
     """Least seconds of a step of `rows` rows with `tokens` new tokens each, which end at `context`,
     and what limits it."""
-    layers, head = parameters(config)
+    each, together = _experts(config, rows * tokens)
+    layers, head = parameters(config, each)
+    read_layers, _ = parameters(config, together)
     pairs = rows * sum(range(context - tokens + 1, context + 1))  # of a query and a key
     attention = 4 * pairs * config.num_layers * config.num_heads * config.head_dim
     operations = 2 * (layers * rows * tokens + head * rows) + attention
     kv = 2 * config.num_kv_heads * config.head_dim * config.num_layers * way.dtype.itemsize
-    read = (layers + head) * weight_bytes(way) + rows * context * kv
+    read = (read_layers + head) * weight_bytes(way) + rows * context * kv
     memory, arithmetic = read / limits.read, operations / limits.operations
     return max((memory, "memory"), (arithmetic, "arithmetic"))
 

@@ -14,9 +14,17 @@ ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "GemmaForCausalLM",
     "OPTForCausalLM",
 )
 OPT = "OPTForCausalLM"
+GEMMA = "GemmaForCausalLM"
+MIXTRAL = "MixtralForCausalLM"
+QWEN3_MOE = "Qwen3MoeForCausalLM"
+_TANH_GELU = "gelu_pytorch_tanh"
+_ACTIVATIONS = {OPT: "relu", GEMMA: _TANH_GELU}  # of the others: silu
 # What sets opt-350m and Galactica apart from the rest of the family, with the usual values.
 _OPT_ONLY = {
     "activation_function": "relu",
@@ -41,6 +49,17 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: MLPs of which a router chooses some for every token."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalised: bool  # the weights of the chosen ones are made to add up to 1
+    dense_layers: tuple[int, ...]  # that have an ordinary MLP instead
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shapes and constants of a decoder: of the Llama family, or OPT, which has no use for some."""
 
@@ -61,6 +80,27 @@ class ModelConfig:
     qk_norm: bool
     sliding_window: int | None  # tokens a query sees, itself included; None: all
     eos_token_ids: tuple[int, ...]
+    activation: str = "silu"  # of the MLP: silu, gelu_pytorch_tanh or relu
+    embedding_scale: float = 1.0
+    norm_offset: bool = False  # RMSNorm multiplies by 1 + weight, in float32
+    experts: Experts | None = None
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """None: the layer has an ordinary MLP."""
+        if self.experts is None or layer in self.experts.dense_layers:
+            return None
+        return self.experts
+
+    def layer_weights(self, layer: int, chosen: float | None = None) -> float:
+        """Numbers in the matrices of a layer; of experts, in `chosen` of them (None: in all)."""
+        hidden = self.hidden_size
+        attention = 2 * hidden * (self.num_heads + self.num_kv_heads) * self.head_dim
+        if (experts := self.experts_of(layer)) is not None:
+            each = 3 * hidden * experts.intermediate_size
+            count = experts.count if chosen is None else chosen
+            return attention + hidden * experts.count + count * each
+        products = 2 if self.architecture == OPT else 3  # up and down; gate
+        return attention + products * hidden * self.intermediate_size
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -78,10 +118,12 @@ class ModelConfig:
                 f"{path}: architecture {name} is not supported "
                 f"(supported: {', '.join(ARCHITECTURES)})"
             )
-        _refuse_unsupported(path, raw)
         try:
             if name == OPT:
                 raw = _opt_in_common_words(path, raw)
+            elif name == GEMMA:
+                raw = _gemma_in_common_words(path, raw)
+            _refuse_unsupported(path, raw, _ACTIVATIONS.get(name, "silu"))
             return cls._from_raw(name, raw, _eos(folder, raw), path)
         except KeyError as error:
             raise ModelError(f"{path}: {error.args[0]} is missing") from error
@@ -107,14 +149,18 @@ class ModelConfig:
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
             intermediate_size=int(raw["intermediate_size"]),
             rms_norm_eps=float(raw["rms_norm_eps"]),
-            rope=_rope(path, raw),
+            rope=_rope(path, raw, theta=1e6 if architecture == MIXTRAL else 1e4),
             max_position_embeddings=int(raw["max_position_embeddings"]),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=bias or architecture == "Qwen2ForCausalLM",
             output_bias=bias and architecture != "Qwen2ForCausalLM",
-            qk_norm=architecture == "Qwen3ForCausalLM",
+            qk_norm=architecture in ("Qwen3ForCausalLM", QWEN3_MOE),
             sliding_window=int(window) if window else None,
             eos_token_ids=eos,
+            activation=_ACTIVATIONS.get(architecture, "silu"),
+            embedding_scale=raw["hidden_size"] ** 0.5 if architecture == GEMMA else 1.0,
+            norm_offset=architecture == GEMMA,
+            experts=_experts(architecture, raw),
         )
 
 
@@ -130,10 +176,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(f"{path}: hidden_act {activation} is not supported (only silu)")
+def _refuse_unsupported(path: Path, raw: dict[str, Any], activation: str) -> None:
+    found = raw.get("hidden_act", activation)
+    if found != activation:
+        raise ModelError(f"{path}: hidden_act {found} is not supported (only {activation})")
     if raw.get("quantization_config"):
         raise ModelError(f"{path}: quantized checkpoints (quantization_config) are not supported")
     if raw.get("mlp_bias"):
@@ -151,6 +197,7 @@ def _opt_in_common_words(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         raise ModelError(f"{path}: word_embed_proj_dim other than hidden_size is not supported")
     return {
         **raw,
+        "hidden_act": "relu",
         "intermediate_size": raw["ffn_dim"],
         "rms_norm_eps": 1e-5,
         "attention_bias": True,
@@ -160,7 +207,49 @@ def _opt_in_common_words(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope(path: Path, raw: dict[str, Any]) -> Rope:
+def _gemma_in_common_words(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Raises `ModelError` for variants that are not implemented."""
+    if raw.get("use_bidirectional_attention"):
+        raise ModelError(f"{path}: use_bidirectional_attention is not supported")
+    named = raw.get("hidden_activation") or _TANH_GELU
+    if named != _TANH_GELU:
+        raise ModelError(f"{path}: hidden_activation {named} is not supported (only {_TANH_GELU})")
+    # The first files say gelu, and mean its approximation all the same.
+    activation = raw.get("hidden_act", "gelu")
+    return {
+        **raw,
+        "hidden_act": _TANH_GELU if activation == "gelu" else activation,
+        "head_dim": raw["head_dim"],  # does not follow from the hidden size
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+    }
+
+
+def _experts(architecture: str, raw: dict[str, Any]) -> Experts | None:
+    """Raises KeyError, TypeError or ValueError for what makes no sense."""
+    if architecture not in (MIXTRAL, QWEN3_MOE):
+        return None
+    # transformers writes num_local_experts, whatever the released files of a family say.
+    name = "num_experts" if "num_experts" in raw else "num_local_experts"
+    count, per_token = int(raw[name]), int(raw["num_experts_per_tok"])
+    if not 1 <= per_token <= count:
+        raise ValueError(f"num_experts_per_tok {per_token} of {count} experts")
+    if raw["hidden_size"] % 8:
+        raise ValueError(f"hidden_size {raw['hidden_size']} of experts is not a multiple of 8")
+    if architecture == MIXTRAL:
+        return Experts(count, per_token, int(raw["intermediate_size"]), True, ())
+    dense, step = raw.get("mlp_only_layers") or [], int(raw.get("decoder_sparse_step", 1))
+    layers = range(int(raw["num_hidden_layers"]))
+    return Experts(
+        count,
+        per_token,
+        int(raw["moe_intermediate_size"]),
+        bool(raw.get("norm_topk_prob", False)),
+        tuple(layer for layer in layers if layer in dense or (layer + 1) % step),
+    )
+
+
+def _rope(path: Path, raw: dict[str, Any], theta: float) -> Rope:
+    """theta: where the file has none."""
     # transformers 5 writes rope_parameters; before it was rope_theta and rope_scaling.
     fields = dict(raw.get("rope_scaling") or {})
     fields.update(raw.get("rope_parameters") or {})
@@ -170,7 +259,7 @@ def _rope(path: Path, raw: dict[str, Any]) -> Rope:
     if float(fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
         raise ModelError(f"{path}: partial_rotary_factor is not supported")
     return Rope(
-        theta=float(fields.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        theta=float(fields.get("rope_theta", raw.get("rope_theta", theta))),
         kind=kind,
         factor=float(fields.get("factor", 1.0)),
         low_freq_factor=float(fields.get("low_freq_factor", 1.0)),

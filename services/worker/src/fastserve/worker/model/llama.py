@@ -1,7 +1,8 @@
-"""Llama-family decoders: RMSNorm, rotary attention with grouped KV heads, SwiGLU.
+"""Llama-family decoders: RMSNorm, rotary attention with grouped KV heads, gated MLPs.
 
 Covers Llama, Mistral, Qwen2 and Qwen3, which differ in biases, a norm on queries and keys, and a
-sliding window.
+sliding window; Mixtral and Qwen3-MoE, whose MLPs are mixtures; and Gemma, which scales embeddings,
+adds 1 to the weights of norms and has another activation.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from fastserve.worker.model.backend import Int8Linear, Linear
 from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.config import ModelConfig, Rope
 from fastserve.worker.model.kv_cache import KvCache
+from fastserve.worker.model.mlp import Mixture, Mlp
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one decoder layer; QKV and gate/up are fused into one product each."""
+    """Weights of one decoder layer; Q, K and V are fused into one product."""
 
     input_norm: torch.Tensor
     qkv: Linear | Int8Linear  # [hidden -> (heads + 2 * kv heads) * dim]
@@ -30,8 +32,7 @@ class Layer:
     key_norm: torch.Tensor | None
     output: Linear | Int8Linear
     post_norm: torch.Tensor
-    gate_up: Linear | Int8Linear  # [hidden -> 2 * intermediate]
-    down: Linear | Int8Linear
+    mlp: Mlp | Mixture
 
 
 def rope_table(
@@ -78,6 +79,8 @@ class Model:
         self.dtype = embedding.dtype
         self.device = embedding.device
         self._embedding = embedding
+        # Rounded to the model's dtype, as in training: in bf16 the root of 3072 is 55.5.
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype)
         self._layers = layers
         self._final_norm = final_norm
         self._head = head
@@ -102,8 +105,8 @@ class Model:
         return self.rows(torch.tensor(batch.token_ids, device=self.device))
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows [T, hidden] of the embedding, of which a shard has a part."""
-        return self._embedding[ids]
+        """Rows [T, hidden] of the embedding, scaled; a shard has a part of them."""
+        return self._embedding[ids] * self._embedding_scale
 
     def layers(
         self,
@@ -125,8 +128,7 @@ class Model:
                 q, k = self._norm(q, layer.query_norm), self._norm(k, layer.key_norm)
             attended = attention(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
             x = x + reduce(layer.output(attended))
-            gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, dim=-1)
-            x = x + reduce(layer.down(F.silu(gate) * up))
+            x = x + reduce(layer.mlp(self._norm(x, layer.post_norm)))
         return x
 
     def logits(self, x: torch.Tensor, attention: PagedAttention) -> torch.Tensor:
@@ -134,4 +136,6 @@ class Model:
         return self._head(self._norm(x[attention.logit_tokens], self._final_norm)).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        # In the weight's dtype, which is the model's or, with an offset of 1, float32.
+        normed = F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.config.rms_norm_eps)
+        return normed.to(x.dtype)

@@ -12,10 +12,10 @@ from array import array
 import torch
 
 from fastserve.worker.model.batch import Batch
-from fastserve.worker.model.config import OPT, ModelConfig
+from fastserve.worker.model.config import GEMMA, OPT, ModelConfig
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.llama import rope_table
-from fastserve.worker.model.weights import LayerWeights, Matrix
+from fastserve.worker.model.weights import LayerWeights, Matrix, MlpWeights
 from fastserve.worker.native.library import Dtype, Library, NativeBatch, Shape, Weight
 
 _LANES = 16  # numbers in a vector of the kernels
@@ -26,6 +26,10 @@ def why_not_native(config: ModelConfig, block_size: int) -> str:
     """Why the kernels cannot run a model; "" if they can."""
     if config.architecture == OPT:
         return "OPT is not of the Llama family"
+    if config.architecture == GEMMA:
+        return "Gemma has another activation and other norms"
+    if config.experts is not None:
+        return "the model is a mixture of experts"
     if config.head_dim % _LANES:
         return f"a head dimension of {config.head_dim} is not a multiple of {_LANES}"
     if block_size % _LANES:
@@ -80,13 +84,13 @@ class NativeModel:
         if getattr(self, "_model", None):
             self._library.call("fs_model_free", self._model)
 
-    def set_layer(self, index: int, weights: LayerWeights) -> None:
+    def set_layer(self, index: int, weights: LayerWeights, mlp: MlpWeights) -> None:
         """Pack the float32 weights of a layer."""
         for which, matrix in (
             (Weight.QKV, weights.qkv),
             (Weight.OUTPUT, weights.output),
-            (Weight.GATE_UP, weights.gate_up),
-            (Weight.DOWN, weights.down),
+            (Weight.GATE_UP, mlp.gate_up),
+            (Weight.DOWN, mlp.down),
         ):
             self._set_matrix(index, which, matrix)
         for which, vector in (

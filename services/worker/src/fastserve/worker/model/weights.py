@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fastserve.worker.model.config import ModelConfig
+from fastserve.worker.model.config import MIXTRAL, Experts, ModelConfig
 from fastserve.worker.model.errors import ModelError
 from fastserve.worker.model.files import weight_files
 from fastserve.worker.parallel.shards import Shard
+
+# What a mixture, and gate, up and down of one of its experts are called.
+_MIXTRAL_NAMES = ("block_sparse_moe", "w1", "w3", "w2")
+_EXPERT_NAMES = ("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer."""
+    """One decoder layer without its MLP."""
 
     input_norm: torch.Tensor
     qkv: Matrix  # [hidden -> (heads + 2 * kv heads) * dim]
@@ -33,8 +38,24 @@ class LayerWeights:
     key_norm: torch.Tensor | None
     output: Matrix
     post_norm: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MlpWeights:
+    """A gated MLP."""
+
     gate_up: Matrix  # [hidden -> 2 * intermediate]
     down: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The gated MLPs of a layer. intermediate: rounded up to a multiple of 8 with zeros, since
+    grouped products want rows of 16 bytes."""
+
+    router: torch.Tensor  # [experts, hidden]
+    gate_up: torch.Tensor  # [experts, 2 * intermediate, hidden]
+    down: torch.Tensor  # [experts, hidden, intermediate]
 
 
 class Weights:
@@ -77,32 +98,62 @@ class Weights:
 
     def final_norm(self) -> torch.Tensor:
         """[hidden]"""
-        return self.take("model.norm.weight", self._config.hidden_size)
+        return self._norm("model.norm", self._config.hidden_size)
 
     def layer(self, index: int) -> LayerWeights:
         """Layer `index` of the whole model, counted from 0."""
         config, prefix, shard = self._config, f"model.layers.{index}", self._shard
-        hidden, dim, middle = config.hidden_size, config.head_dim, config.intermediate_size
+        hidden, dim = config.hidden_size, config.head_dim
         queries, keys = config.num_heads * dim, config.num_kv_heads * dim
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        attention = f"{prefix}.self_attn"
         q = _features(shard.heads, dim) if shard else range(queries)
         kv = _features(shard.kv_heads, dim) if shard else range(keys)
-        mid = shard.middle if shard else range(middle)
         qkv = [("q_proj", queries, q), ("k_proj", keys, kv), ("v_proj", keys, kv)]
         return LayerWeights(
-            input_norm=self.take(f"{prefix}.input_layernorm.weight", hidden),
+            input_norm=self._norm(f"{prefix}.input_layernorm", hidden),
             qkv=self._stacked(attention, qkv, hidden, bias=config.qkv_bias),
-            query_norm=self.take(f"{attention}.q_norm.weight", dim) if config.qk_norm else None,
-            key_norm=self.take(f"{attention}.k_norm.weight", dim) if config.qk_norm else None,
+            query_norm=self._norm(f"{attention}.q_norm", dim) if config.qk_norm else None,
+            key_norm=self._norm(f"{attention}.k_norm", dim) if config.qk_norm else None,
             output=self._row_parallel(
                 f"{attention}.o_proj", hidden, queries, q, bias=config.output_bias
             ),
-            post_norm=self.take(f"{prefix}.post_attention_layernorm.weight", hidden),
-            gate_up=self._stacked(
-                mlp, [("gate_proj", middle, mid), ("up_proj", middle, mid)], hidden, bias=False
-            ),
-            down=self._row_parallel(f"{mlp}.down_proj", hidden, middle, mid, bias=False),
+            post_norm=self._norm(f"{prefix}.post_attention_layernorm", hidden),
         )
+
+    def mlp(self, index: int) -> MlpWeights:
+        """Of a layer with an ordinary MLP."""
+        hidden, middle = self._config.hidden_size, self._config.intermediate_size
+        prefix = f"model.layers.{index}.mlp"
+        own = self._shard.middle if self._shard else range(middle)
+        return MlpWeights(
+            gate_up=self._stacked(
+                prefix, [("gate_proj", middle, own), ("up_proj", middle, own)], hidden, bias=False
+            ),
+            down=self._row_parallel(f"{prefix}.down_proj", hidden, middle, own, bias=False),
+        )
+
+    def mixture(self, index: int, experts: Experts) -> ExpertWeights:
+        """Of a layer with experts. A shard has a part of each expert, and the whole router."""
+        hidden, middle = self._config.hidden_size, experts.intermediate_size
+        names = _MIXTRAL_NAMES if self._config.architecture == MIXTRAL else _EXPERT_NAMES
+        where, gate, up, down = names
+        prefix = f"model.layers.{index}.{where}"
+        own = self._shard.expert_middle if self._shard else range(middle)
+        size, padded = len(own), -(-len(own) // 8) * 8
+        zeros = partial(torch.zeros, dtype=self._dtype, device=self._device)
+        gate_up = zeros(experts.count, 2, padded, hidden)
+        downs = zeros(experts.count, hidden, padded)
+        for number in range(experts.count):
+            name = f"{prefix}.experts.{number}"
+            for half, part in enumerate((gate, up)):
+                gate_up[number, half, :size] = self.take(
+                    f"{name}.{part}.weight", middle, hidden, rows=own
+                )
+            downs[number, :, :size] = self.take(
+                f"{name}.{down}.weight", hidden, middle, columns=own
+            )
+        router = self.take(f"{prefix}.gate.weight", experts.count, hidden)
+        return ExpertWeights(router, gate_up.flatten(1, 2), downs)
 
     def take(
         self,
@@ -129,6 +180,12 @@ class Weights:
             tensor = opened.get_tensor(name)
         self.bytes_read += tensor.nbytes
         return tensor.to(self._device, dtype or self._dtype)
+
+    def _norm(self, name: str, size: int) -> torch.Tensor:
+        """What to multiply by [size]; in float32 if 1 is added."""
+        if self._config.norm_offset:
+            return 1 + self.take(f"{name}.weight", size, dtype=torch.float32)
+        return self.take(f"{name}.weight", size)
 
     def _vocabulary(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         config = self._config

@@ -22,6 +22,7 @@ class Shard:
     heads: range
     kv_heads: range
     middle: range  # of the MLP's intermediate features
+    expert_middle: range  # of those of each expert
     vocab: range
     first: bool  # this stage embeds
     last: bool  # this stage has the head
@@ -29,12 +30,21 @@ class Shard:
 
     def config(self, whole: ModelConfig) -> ModelConfig:
         """The sizes of the shard; the vocabulary and hidden size stay whole."""
+        experts = whole.experts
+        if experts is not None:
+            first = self.layers.start
+            experts = replace(
+                experts,
+                intermediate_size=len(self.expert_middle),
+                dense_layers=tuple(i - first for i in experts.dense_layers if i in self.layers),
+            )
         return replace(
             whole,
             num_layers=len(self.layers),
             num_heads=len(self.heads),
             num_kv_heads=len(self.kv_heads),
             intermediate_size=len(self.middle),
+            experts=experts,
         )
 
 
@@ -43,11 +53,13 @@ def shard_of(config: ModelConfig, group: Group) -> Shard:
     if group.pp > config.num_layers:
         raise StartupError(f"{group.pp} stages are more than the {config.num_layers} layers")
     heads, kv_heads = split_heads(config.num_heads, config.num_kv_heads, group.tp)[group.index]
+    experts = config.experts
     return Shard(
         layers=split_layers(config, group.pp)[group.stage],
         heads=heads,
         kv_heads=kv_heads,
         middle=split(config.intermediate_size, group.tp)[group.index],
+        expert_middle=split(experts.intermediate_size if experts else 0, group.tp)[group.index],
         vocab=split(config.vocab_size, group.tp)[group.index],
         first=group.stage == 0,
         last=group.last,
@@ -89,11 +101,8 @@ def split_layers(config: ModelConfig, stages: int) -> list[range]:
     the layers whose weights take as many bytes."""
     if stages == 1:
         return [range(config.num_layers)]
-    per_layer = config.hidden_size * (
-        2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-        + 3 * config.intermediate_size
-    )
-    head = config.vocab_size * config.hidden_size / per_layer
+    layers = sum(config.layer_weights(layer) for layer in range(config.num_layers))
+    head = config.vocab_size * config.hidden_size / (layers / config.num_layers)
 
     def slowest(last: int) -> float:
         return max(-(-(config.num_layers - last) // (stages - 1)), last + head)
