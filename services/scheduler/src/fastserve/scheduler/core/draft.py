@@ -39,6 +39,7 @@ class Draft:
     starved: set[Job] = field(default_factory=set)  # wanted a row, but there was no memory
     promised: set[Job] = field(default_factory=set)  # of them, those that room comes for
     unblocked: Job | None = None
+    leavers: list[Job] | None = None  # who could leave, the last to run first; once somebody asked
     evicted: dict[Job, PreemptMode] = field(default_factory=dict)
     times: dict[Job, float] = field(default_factory=dict)  # see `next_at`
     ranks: dict[Job, int] = field(default_factory=dict)  # of `head`, once somebody asked

@@ -19,6 +19,7 @@ loses it again.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 from fastserve.scheduler.core.draft import Draft, host_need
 from fastserve.scheduler.core.group import Group
@@ -44,23 +45,31 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     coming = draft.spare(resident=job.booked > 0) + draft.leaving
     if draft.group.config.kv_strategy is KvStrategy.DEFER and not (job.booked or starving):
         return coming
-    any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
-    place = draft.place(job)
-    worse = [
-        victim
-        for victim in _victims(draft)
-        if (any_victim or victim.state is not JobState.RUNNING)
-        and (draft.place(victim) > place or (starving and victim.seq > job.seq))
-    ]
-    if coming + sum(victim.booked for victim in worse) < need:
+    enough = coming
+    for victim in _worse(draft, job, starving=starving):
+        enough += victim.booked
+        if enough >= need:
+            break
+    else:
         return coming
-    for victim in worse:
+    for victim in _worse(draft, job, starving=starving):
         if coming >= need:
             break
         booked = victim.booked
-        if _evict(draft, victim, worse, gainer=job):
+        if _evict(draft, victim, _worse(draft, job, starving=starving), gainer=job):
             coming += booked
     return coming
+
+
+def _worse(draft: Draft, job: Job, *, starving: bool) -> Iterator[Job]:
+    """Who may have to leave for a job. There can be thousands, and few are needed: one by one."""
+    any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
+    place = draft.place(job)
+    for victim in _victims(draft):
+        if (any_victim or victim.state is not JobState.RUNNING) and (
+            draft.place(victim) > place or (starving and victim.seq > job.seq)
+        ):
+            yield victim
 
 
 def write_through(draft: Draft) -> None:
@@ -211,11 +220,15 @@ def reserve_blocks(group: Group, now: float) -> int:
     return min(wanted, int(group.info.device_blocks * _LARGEST_RESERVE))
 
 
-def _victims(draft: Draft) -> list[Job]:
+def _victims(draft: Draft) -> Iterator[Job]:
     """Jobs whose device blocks could be freed, the one that is estimated to run last first."""
-    idle = [job for job in draft.group.resident if job.op is None and job not in draft.chosen]
-    idle.sort(key=lambda job: (draft.next_at(job), draft.place(job)), reverse=True)
-    return idle
+    resident, chosen = draft.group.resident, draft.chosen
+    if draft.leavers is None:
+        draft.leavers = [job for job in resident if job.op is None and job not in chosen]
+        draft.leavers.sort(key=lambda job: (draft.next_at(job), draft.place(job)), reverse=True)
+    for job in draft.leavers:
+        if job.op is None and job in resident and job not in chosen:
+            yield job
 
 
 def _idle(draft: Draft) -> list[Job]:
@@ -227,7 +240,7 @@ def _idle(draft: Draft) -> list[Job]:
     ]
 
 
-def _evict(draft: Draft, victim: Job, others: list[Job], *, gainer: Job | None) -> bool:
+def _evict(draft: Draft, victim: Job, others: Iterable[Job], *, gainer: Job | None) -> bool:
     """Take the device blocks of a job away. False: not now, or not at the price of its KV.
 
     `others`: whose host copies may go for it. `gainer`: the job that waits for the blocks.
@@ -285,7 +298,7 @@ def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
     return True
 
 
-def _drop_copies(draft: Draft, victim: Job, others: list[Job], missing: int) -> bool:
+def _drop_copies(draft: Draft, victim: Job, others: Iterable[Job], missing: int) -> bool:
     """Free host blocks that only double what is on the device. True if enough will be free."""
     group = draft.group
     if group.host_free <= 0 and group.host_used == 0:
