@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,6 +21,14 @@ from support.tiny_models import tiny_model
 from support.valkey import Valkey, running_valkey
 from support.waiting import eventually_async
 
+_HOLD_UP = """
+import os, signal, sys, time
+while True:
+    os.kill(int(sys.argv[1]), signal.SIGSTOP)
+    time.sleep(0.020)
+    os.kill(int(sys.argv[1]), signal.SIGCONT)
+    time.sleep(0.002)
+"""
 STREAMS = 20
 TOKENS = 120
 
@@ -60,6 +70,12 @@ async def fault(cluster: Cluster, kind: str) -> float:
     return await metric(cluster, "scheduler", name, f'kind="{kind}"')
 
 
+async def leader(cluster: Cluster) -> str:
+    """The scheduler that leads, alone."""
+    first = await asyncio.to_thread(cluster.process("scheduler-0").metrics)
+    return "scheduler-0" if first['fastserve_leader{shard="0"}'] else "scheduler-1"
+
+
 def logged(cluster: Cluster) -> str:
     """By all processes, also those that are gone."""
     return "".join(path.read_text() for path in cluster.folder.rglob("*.log"))
@@ -70,7 +86,7 @@ async def test_each_component_is_killed(tmp_path: Path) -> None:
     async with loaded(tmp_path) as (cluster, load, valkey):
         for names in (
             ["gateway-0"],
-            ["scheduler-0"],
+            [await leader(cluster)],
             ["worker-0"],
             ["sidecar-0"],
             ["worker-1", "sidecar-1"],  # a pod
@@ -131,7 +147,7 @@ async def test_a_worker_is_frozen_for_thirty_seconds(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_a_worker_becomes_ten_times_slower(tmp_path: Path) -> None:
-    """It runs for 2 ms, less than an iteration, and stands still for 18."""
+    """It runs for 2 ms, less than an iteration, and stands still for 20."""
     async with loaded(tmp_path) as (cluster, load, _):
         await load.rounds()
         process = cluster.pods[0].worker.process
@@ -140,17 +156,8 @@ async def test_a_worker_becomes_ten_times_slower(tmp_path: Path) -> None:
         async def slowdown() -> float:
             return await metric(cluster, "scheduler", name, 'worker="w0"')
 
-        async def hold_up() -> None:
-            try:
-                while True:
-                    process.send_signal(signal.SIGSTOP)
-                    await asyncio.sleep(0.018)
-                    process.send_signal(signal.SIGCONT)
-                    await asyncio.sleep(0.002)
-            finally:
-                process.send_signal(signal.SIGCONT)
-
-        holding = asyncio.create_task(hold_up())
+        # A process of its own: this one is too busy to be so exact.
+        holding = subprocess.Popen([sys.executable, "-c", _HOLD_UP, str(process.pid)])
         try:
 
             async def slow() -> bool:
@@ -159,7 +166,9 @@ async def test_a_worker_becomes_ten_times_slower(tmp_path: Path) -> None:
             await eventually_async(slow, "the metric", 60)
             await load.rounds()
         finally:
-            holding.cancel()
+            holding.kill()
+            holding.wait()
+            process.send_signal(signal.SIGCONT)
 
         async def well() -> bool:
             return await slowdown() < 3
