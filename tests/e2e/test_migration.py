@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,13 @@ async def drained(
     device_blocks: int,
     policy: str = "fcfs",
     patience_s: float = 60.0,
+    restarted: bool = False,
 ) -> dict[str, float]:
     """What the schedulers counted from when a worker went away in the middle of the answers until
     those of them that had moved were complete.
 
-    words: of the prompts, some ten bytes each. All answers are what they are when nothing happens.
+    words: of the prompts, some ten bytes each. restarted: the sidecar of the other worker is before
+    that, so it listens elsewhere. All answers are what they are when nothing happens.
     """
     with contextlib.ExitStack() as stack:
         valkey = stack.enter_context(running_valkey())
@@ -64,6 +67,10 @@ async def drained(
             await load.learn()
             async with load.running():
                 await load.rounds()
+                if restarted:
+                    await cluster.stop("sidecar-1", signal.SIGKILL)
+                    await cluster.start("sidecar-1")
+                    await load.rounds()
                 await load.middle()
                 before = await scheduler_metrics(cluster)
                 assert await cluster.stop("worker-0") == 0
@@ -94,10 +101,13 @@ def check(counted: dict[str, float], least_tokens: float) -> tuple[float, float]
 
 
 @pytest.mark.timeout(240)
-async def test_the_kv_of_a_draining_worker_goes_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_the_kv_of_a_draining_worker_goes_along(tmp_path: Path, restarted: bool) -> None:
     model = tmp_path / "tiny"
     tiny_model(model)
-    counted = await drained(tmp_path, model, tokens=150, words=25, device_blocks=800)
+    counted = await drained(
+        tmp_path, model, tokens=150, words=25, device_blocks=800, restarted=restarted
+    )
     check(counted, 250)  # how long they paused depends on what else the machine does
 
 

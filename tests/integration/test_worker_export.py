@@ -151,6 +151,27 @@ async def test_an_export_ends_with_the_stream_that_asked_for_it(tmp_path: Path) 
         await eventually_async(nothing, "nothing at the other sidecar")
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+async def test_a_sidecar_that_came_back_elsewhere_is_found(tmp_path: Path, ranks: int) -> None:
+    """The worker, idle, tells where its sidecar is now, and takes KV there."""
+    with contextlib.ExitStack() as stack:
+        flags = ("--tensor-parallel-size", str(ranks))
+        here, there = pods(tmp_path, stack, ranks=ranks, worker_flags=flags)
+        async with here.driver() as source, there.driver() as target:
+            before = list(target.place.peers)
+            job = source.job("j", PROMPT, **SAMPLING)
+            await source.generate(job, 5, chunk=64)
+            there.sidecar.kill()
+            assert (await source.export(job, target.place)).status == NOT_SENT
+            there.start_sidecar()
+            now = [there.sidecar.info["peer_address"]] * ranks
+            await target.until(lambda: list(target.place.peers) == now)
+            assert now != before
+            assert (await source.export(job, target.place)).status == OK
+        async with there.driver() as again:
+            assert list(again.place.peers) == now
+
+
 @pytest.mark.slow
 async def test_each_rank_sends_its_slice(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:

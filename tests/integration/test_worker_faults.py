@@ -118,16 +118,18 @@ async def test_a_scheduler_that_stood_still_blames_no_worker(valkey: Valkey) -> 
         assert faults(scheduler, "silent") == 0
 
 
-async def test_a_slow_worker_gets_fewer_jobs(valkey: Valkey) -> None:
+async def test_a_slow_worker_gets_fewer_jobs_and_is_named(
+    valkey: Valkey, capsys: pytest.CaptureFixture[str]
+) -> None:
     async with (
         two_workers(slower=10.0) as (good, bad),
-        loaded(valkey, good, bad) as (
-            scheduler,
-            _,
-            _,
-        ),
+        loaded(valkey, good, bad) as (scheduler, _, _),
     ):
         assert placed(scheduler)["bad"] <= 3  # a tenth of the speed
+        name = "fastserve_worker_slowdown_ratio"
+        await eventually(lambda: scheduler.metric(name, worker="bad") > 5, "the metric")
+        assert scheduler.metric(name, worker="good") == 1
+    assert "a worker is slow" in capsys.readouterr().out
 
 
 def _unknown_handle(report: worker_pb2.IterationReport) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Running:
 
     def metrics(self) -> dict[str, float]:
         """Series with labels -> value."""
-        url = f"http://127.0.0.1:{self.info['metrics_port']}/metrics"
+        port = self.info.get("metrics_port") or self.info["port"]  # a gateway has one for all
+        url = f"http://127.0.0.1:{port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as response:
             lines = response.read().decode().splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
@@ -36,15 +38,25 @@ class Running:
 
 
 @contextlib.contextmanager
-def service(module: str, folder: Path, *flags: str, timeout: float = 60.0) -> Iterator[Running]:
-    """Run `python -m module flags` until the block ends; an error shows its log."""
+def service(
+    module: str,
+    folder: Path,
+    *flags: str,
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+) -> Iterator[Running]:
+    """Run `python -m module flags` until the block ends; an error shows its log.
+
+    env: beside that of this process. prefix: before the command."""
     ready = folder / f"{module}.{time.monotonic_ns()}.ready"
     log = ready.with_suffix(".log")
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, "--ready-file", str(ready), *flags],
+            [*prefix, sys.executable, "-m", module, "--ready-file", str(ready), *flags],
             stdout=output,
             stderr=output,
+            env={**os.environ, **(env or {})},
         )
     try:
         deadline = time.monotonic() + timeout

@@ -235,6 +235,8 @@ class WorkerDriver:
             self.done[number] = Done(report, place)
         for handle, why in zip(report.failed_handles, report.failures, strict=True):
             self.failed[names.get(handle, str(handle))] = why
+        if report.HasField("place"):
+            self.place = report.place
         self.reports.append(report)
 
 

@@ -190,6 +190,7 @@ def test_death_before_ready_is_a_failure_and_stop_leaves_nothing(rig: Rig) -> No
     failed = supervisor.services["scheduler"]
     assert supervisor.failed is failed and not supervisor.all_ready
     assert failed.log.read_text() == "I cannot go on\n" and failed.restarts == 0
+    assert failed.ended == "ended with status 1"
     for _ in range(3):
         supervisor.step()
     assert failed.state is State.FAILED and failed.pid is None  # it is not tried again
@@ -212,6 +213,7 @@ def test_death_after_ready_is_followed_by_a_restart_with_the_last_ready_values(r
     os.kill(first["pid"], signal.SIGKILL)
     drive(supervisor, lambda: scheduler.state is State.RESTARTING)
     assert scheduler.pid is None and scheduler.restarts == 1
+    assert scheduler.ended is not None and "for want of memory" in scheduler.ended
     drive(supervisor, lambda: supervisor.all_ready)
     assert scheduler.ready["pid"] == scheduler.pid != first["pid"]
     lives = [json.loads(given) for name, _, (given,) in _of(rig, "scheduler")]

@@ -209,7 +209,7 @@ def test_what_arrived_though_nobody_heard_of_it_is_released() -> None:
 )
 def test_groups_that_do_not_fit_together_send_nothing(place: KvPlace | None) -> None:
     groups = running()
-    groups.scheduler._groups["b"].place = place
+    groups.scheduler.take_kv_at("b", place)
     drain(groups)
     groups.step(12)
     assert groups.at("a") == set() and exports(groups) == 0

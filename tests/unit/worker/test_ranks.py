@@ -15,6 +15,7 @@ from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.loader import load_model
+from fastserve.worker.model.memory import weight_bytes
 from fastserve.worker.native.library import best_library
 from fastserve.worker.parallel.comm import SharedMemory
 from fastserve.worker.parallel.groups import Group
@@ -44,6 +45,20 @@ MIXED = Batch([11, 40, 41, 42, 12], [1, 3, 1], [5, 3, 4], [[1], [3], [2]], [0, 1
 
 def _kv(config: ModelConfig) -> KvCache:
     return KvCache(config, 4, 8, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_weights_need_is_known_beforehand(tmp_path: Path, tied: bool) -> None:
+    whole = tiny_model(tmp_path, tie_word_embeddings=tied)
+    config = ModelConfig.from_folder(tmp_path)
+    expected = sum(weight.nbytes for weight in whole.parameters() if weight.dim() == 2)
+    assert weight_bytes(config, torch.float32) == expected
+    assert weight_bytes(config, torch.bfloat16) == expected // 2
+    stages = [Group(rank, 2, 2, rank, True, "", 0) for rank in range(4)]
+    shards = [shard_of(config, group) for group in stages]
+    both_ends = config.vocab_size * config.hidden_size * 4 if tied else 0
+    total = sum(weight_bytes(config, torch.float32, shard=shard) for shard in shards)
+    assert total == expected + both_ends
 
 
 @pytest.mark.parametrize(

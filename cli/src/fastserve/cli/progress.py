@@ -69,4 +69,6 @@ def _describe(name: str, service: dict[str, Any]) -> str:
     state = service["state"]
     if state == State.READY:
         return f"ready ({service['seconds']:.1f} s)"
+    if state == State.RESTARTING:
+        return f"{state}: it {service['ended']}"
     return _TEXT.get((name, State(state)), str(state))

@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fastserve.common.processes import ending
+
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 10.0
 _STEADY_S = 30.0  # after so long, a death is a new matter
@@ -60,6 +62,7 @@ class Service:
     was_ready: bool = False
     since: float = 0.0  # of the state
     seconds: float | None = None  # from start to ready
+    ended: str | None = None  # how it died last
     process: subprocess.Popen[bytes] | None = None
     _pause: float = _FIRST_PAUSE_S
     _started: float = 0.0
@@ -99,9 +102,9 @@ class Service:
                 self.process = None
                 self._is_ready(now)
             elif code is not None:
-                self._died(now)
+                self._died(code, now)
         elif code is not None:
-            self._died(now)
+            self._died(code, now)
         elif self.state is State.STARTING:
             told = self.spec.probe()
             if told is not None:
@@ -130,7 +133,8 @@ class Service:
         self.seconds = now - self._started
         self._become(State.READY, now)
 
-    def _died(self, now: float) -> None:
+    def _died(self, code: int, now: float) -> None:
+        self.ended = ending(code)
         if self.process is not None and self.process.stdout is not None:
             self.process.stdout.close()
         self.process = None

@@ -125,6 +125,7 @@ class Deployment:
                 "pid": service.pid,
                 "restarts": service.restarts,
                 "seconds": service.seconds,
+                "ended": service.ended,
                 "metrics": _metrics_url(service),
                 "address": service.ready.get("address"),
                 "log": str(service.log),
@@ -265,7 +266,8 @@ def _metrics_url(service: Service) -> str | None:
 
 def _why(service: Service) -> str:
     lines = "\n".join(f"  {line}" for line in tail(service.log, _LOG_LINES))
-    return f"{service.spec.name} ended at start. Its log ({service.log}) ends with:\n{lines}"
+    said = f"Its log ({service.log}) ends with:\n{lines}"
+    return f"{service.spec.name} does not start: it {service.ended}. {said}"
 
 
 def _answers(url: str) -> bool:

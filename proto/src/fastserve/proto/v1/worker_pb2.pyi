@@ -177,7 +177,7 @@ class Job(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., job_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., traceparent: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., imported_tokens: _Optional[int] = ...) -> None: ...
 
 class IterationReport(_message.Message):
-    __slots__ = ("worker_epoch", "plan_id", "iteration", "row_handles", "row_new_tokens", "row_computed", "sampled_handles", "sampled_indexes", "sampled_tokens", "finish_reasons", "has_logprobs", "logprobs", "top_counts", "top_ids", "top_logprobs", "stalled_handles", "done_op_ids", "done_status", "done_tokens", "done_bytes", "done_seconds", "free_device_blocks", "free_host_blocks", "started_unix_s", "seconds", "context_tokens", "failed_handles", "failures", "inventory", "cached_handles", "cached_tokens", "draining")
+    __slots__ = ("worker_epoch", "plan_id", "iteration", "row_handles", "row_new_tokens", "row_computed", "sampled_handles", "sampled_indexes", "sampled_tokens", "finish_reasons", "has_logprobs", "logprobs", "top_counts", "top_ids", "top_logprobs", "stalled_handles", "done_op_ids", "done_status", "done_tokens", "done_bytes", "done_seconds", "free_device_blocks", "free_host_blocks", "started_unix_s", "seconds", "context_tokens", "failed_handles", "failures", "inventory", "cached_handles", "cached_tokens", "draining", "place")
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     ITERATION_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class IterationReport(_message.Message):
     CACHED_HANDLES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
     worker_epoch: int
     plan_id: int
     iteration: int
@@ -242,7 +243,8 @@ class IterationReport(_message.Message):
     cached_handles: _containers.RepeatedScalarFieldContainer[int]
     cached_tokens: _containers.RepeatedScalarFieldContainer[int]
     draining: bool
-    def __init__(self, worker_epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., iteration: _Optional[int] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_new_tokens: _Optional[_Iterable[int]] = ..., row_computed: _Optional[_Iterable[int]] = ..., sampled_handles: _Optional[_Iterable[int]] = ..., sampled_indexes: _Optional[_Iterable[int]] = ..., sampled_tokens: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., stalled_handles: _Optional[_Iterable[int]] = ..., done_op_ids: _Optional[_Iterable[int]] = ..., done_status: _Optional[_Iterable[_Union[KvStatus, str]]] = ..., done_tokens: _Optional[_Iterable[int]] = ..., done_bytes: _Optional[_Iterable[int]] = ..., done_seconds: _Optional[_Iterable[float]] = ..., free_device_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., started_unix_s: _Optional[float] = ..., seconds: _Optional[float] = ..., context_tokens: _Optional[int] = ..., failed_handles: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[str]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., cached_handles: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    place: KvPlace
+    def __init__(self, worker_epoch: _Optional[int] = ..., plan_id: _Optional[int] = ..., iteration: _Optional[int] = ..., row_handles: _Optional[_Iterable[int]] = ..., row_new_tokens: _Optional[_Iterable[int]] = ..., row_computed: _Optional[_Iterable[int]] = ..., sampled_handles: _Optional[_Iterable[int]] = ..., sampled_indexes: _Optional[_Iterable[int]] = ..., sampled_tokens: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_sampling_pb2.FinishReason, str]]] = ..., has_logprobs: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_counts: _Optional[_Iterable[int]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., stalled_handles: _Optional[_Iterable[int]] = ..., done_op_ids: _Optional[_Iterable[int]] = ..., done_status: _Optional[_Iterable[_Union[KvStatus, str]]] = ..., done_tokens: _Optional[_Iterable[int]] = ..., done_bytes: _Optional[_Iterable[int]] = ..., done_seconds: _Optional[_Iterable[float]] = ..., free_device_blocks: _Optional[int] = ..., free_host_blocks: _Optional[int] = ..., started_unix_s: _Optional[float] = ..., seconds: _Optional[float] = ..., context_tokens: _Optional[int] = ..., failed_handles: _Optional[_Iterable[int]] = ..., failures: _Optional[_Iterable[str]] = ..., inventory: _Optional[_Union[Inventory, _Mapping]] = ..., cached_handles: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., place: _Optional[_Union[KvPlace, _Mapping]] = ...) -> None: ...
 
 class Inventory(_message.Message):
     __slots__ = ("job_ids", "device_tokens", "host_tokens", "place")

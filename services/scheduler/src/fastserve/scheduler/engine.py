@@ -175,6 +175,8 @@ class Engine:
         now = self._clock.now()
         decoded = link.stream.decode(report)
         self._follow_drain(link, report.draining, now)
+        if report.HasField("place"):
+            self._core.take_kv_at(link.worker_id, wire.place_of(report.place))
         progress = self._core.on_report(link.worker_id, decoded, now)
         self._plan(link, now)
         self._absorb(progress, wire.logprobs_of(report), now)

@@ -32,6 +32,7 @@ from fastserve.scheduler.lease import Term
 from fastserve.scheduler.links import Links
 from fastserve.scheduler.metrics import Metrics
 from fastserve.scheduler.settings import SchedulerSettings
+from fastserve.scheduler.slow import Slowness
 from fastserve.scheduler.snapshot import snapshot
 from fastserve.scheduler.store import Store
 from fastserve.scheduler.store_errors import FencedError
@@ -236,6 +237,7 @@ class Leader:
     async def _gauge(self) -> None:
         """Set the gauges and tell gateways the load from time to time, until cancelled."""
         self._metrics.restart()
+        slowness = Slowness()
         while True:
             jobs = list(self.core.jobs())
             running = sum(job.state is JobState.RUNNING for job in jobs)
@@ -245,16 +247,14 @@ class Leader:
             self._metrics.redis_backlog.set(self.journal.backlog)
             self._metrics.workers.set(len(self.engine.links))
             workers = [link.worker_id for link in self.engine.links]
+            models = {worker: self.core.cost_model(worker) for worker in workers}
             self._metrics.set_costs(
-                {worker: self.core.cost_model(worker) for worker in workers},
-                {worker: self.core.queued_work_s(worker) for worker in workers},
+                models, {worker: self.core.queued_work_s(worker) for worker in workers}
             )
             self._metrics.set_groups(
-                {
-                    link.worker_id: self.core.jobs_of(link.worker_id)[0]
-                    for link in self.engine.links
-                },
-                len(self.engine.links) - self.engine.takers,
+                {worker: self.core.jobs_of(worker)[0] for worker in workers},
+                len(workers) - self.engine.takers,
+                slowness.compare(models),
             )
             self._metrics.gateways.set(self.hub.sessions)
             self.hub.announce(always=True, live_jobs=len(jobs))

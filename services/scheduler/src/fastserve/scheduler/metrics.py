@@ -88,6 +88,11 @@ class Metrics:
         self.decode_time = gauge(
             "fastserve_predicted_decode_seconds", "Median decode iteration of a worker", "worker"
         )
+        self.slowdown = gauge(
+            "fastserve_worker_slowdown_ratio",
+            "Decode iterations of a worker, by those of the fastest one with at least as many rows",
+            "worker",
+        )
         self.prefill_rate = gauge(
             "fastserve_predicted_prefill_tokens_per_second",
             "Predicted for a prompt of 512 tokens alone",
@@ -170,9 +175,14 @@ class Metrics:
             self.decode_time.labels(worker).set(cost.decode_s)
             self.prefill_rate.labels(worker).set(cost.prefill_tokens_per_s)
 
-    def set_groups(self, jobs: Mapping[str, int], draining: int) -> None:
-        """Jobs by connected worker, and how many of these are draining."""
+    def set_groups(
+        self, jobs: Mapping[str, int], draining: int, slowdown: Mapping[str, float]
+    ) -> None:
+        """Jobs by connected worker, how many of these are draining, and how slow each is."""
         self.group_jobs.clear()
+        self.slowdown.clear()
+        for worker, ratio in slowdown.items():
+            self.slowdown.labels(worker).set(ratio)
         for worker, count in jobs.items():
             self.group_jobs.labels(worker).set(count)
         self.draining.set(draining)
@@ -185,6 +195,7 @@ class Metrics:
     def step_down(self) -> None:
         """This process leads no more: what it last knew would be counted beside the leader's."""
         self.set_costs({}, {})
+        self.slowdown.clear()
         for gauge in (self.queue_depth, self.running, self.waiting):
             gauge.clear()
         for gauge in (self.leader, self.workers, self.gateways, self.redis_backlog):

@@ -86,17 +86,20 @@ def _cost(sample: worker_pb2.CostSample) -> CostSample:
 
 def inventory_of(report: worker_pb2.IterationReport) -> Inventory:
     """Raises `ProtocolError` for arrays that do not match."""
-    held, place = report.inventory, None
-    if held.place.peers:
-        place = KvPlace(held.place.worker_id, held.place.layout, tuple(held.place.peers))
+    held = report.inventory
     try:
         return Inventory(
             device_tokens=dict(zip(held.job_ids, held.device_tokens, strict=True)),
             host_tokens=dict(zip(held.job_ids, held.host_tokens, strict=True)),
-            place=place,
+            place=place_of(held.place),
         )
     except ValueError as error:
         raise ProtocolError("inventory with arrays of unequal length") from error
+
+
+def place_of(told: worker_pb2.KvPlace) -> KvPlace | None:
+    """None: nobody can send KV there."""
+    return KvPlace(told.worker_id, told.layout, tuple(told.peers)) if told.peers else None
 
 
 def reset_plan(shard: str, epoch: int) -> worker_pb2.RunRequest:

@@ -173,6 +173,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     staging = None
     if settings.kv_offload:
         staging = await _attach_staging(settings, epoch, model.config, way, kv, rank, followers)
+        metrics.sidecar_losses.set_function(lambda: staging.losses)
     thread = EngineThread(loop)
     mover = StagingMover(thread, loop, staging, metrics)
     engine = Engine(

@@ -93,6 +93,11 @@ class Metrics:
             buckets=(1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
             registry=registry,
         ).labels(model)
+        self.sidecar_losses = Gauge(
+            "fastserve_kv_offload_losses",
+            "Times that the sidecar was lost, with all that it held",
+            registry=registry,
+        )
         Gauge(
             "vllm:cache_config_info",
             "Size of the KV cache",

@@ -47,7 +47,10 @@ class Worker(pb_grpc.WorkerServiceServicer):
         self._newest: object = None  # the stream that opened last
         self._turn = asyncio.Lock()
         self._plan_id = 0  # of the last report
+        self._told: list[str] = []  # where we take KV of other groups, as the scheduler knows it
         self._may_leave = asyncio.Event()  # all our jobs have been taken away
+        if mover.staging is not None:
+            mover.staging.attached = self._moved
 
     def drain(self, draining: bool) -> None:
         """Ask the scheduler to take our jobs away and to send no new ones, or end that."""
@@ -176,12 +179,26 @@ class Worker(pb_grpc.WorkerServiceServicer):
         report.inventory.job_ids.extend(held)
         report.inventory.device_tokens.extend(device for device, _ in held.values())
         report.inventory.host_tokens.extend(tokens for _, tokens in held.values())
-        if self._mover.staging is not None:
-            place = report.inventory.place
-            place.worker_id, place.layout = self._description.worker_id, self._mover.staging.layout
-            place.peers.extend(self._mover.staging.peers)
+        report.inventory.place.CopyFrom(self._place())
         log.info("serving a scheduler", epoch=self._scheduler_epoch, jobs_held=len(held))
         return report
+
+    def _moved(self) -> None:
+        """The sidecar may have come back under another address."""
+        if self._peers != self._told:
+            self.report(Iteration(self._plan_id))
+
+    @property
+    def _peers(self) -> list[str]:
+        staging = self._mover.staging
+        return staging.peers if staging is not None else []
+
+    def _place(self) -> pb.KvPlace:
+        """To be told: where other groups can send KV to."""
+        self._told = self._peers
+        staging = self._mover.staging
+        layout = staging.layout if staging is not None else ""
+        return pb.KvPlace(worker_id=self._description.worker_id, layout=layout, peers=self._told)
 
     @property
     def _free_host(self) -> int:
@@ -201,4 +218,6 @@ class Worker(pb_grpc.WorkerServiceServicer):
         if self._outgoing is not None:
             report = report_from(iteration, self._description.epoch, free, self._free_host)
             report.draining = self._description.draining
+            if self._peers != self._told:
+                report.place.CopyFrom(self._place())
             self._outgoing.put_nowait(report)

@@ -100,6 +100,11 @@ class CostModel:
         seconds = self.seconds(chunk(0, tokens))
         return tokens / seconds if seconds > 0 else 0.0
 
+    @property
+    def usual_rows(self) -> float:
+        """Decodes in an iteration without prefill, running mean."""
+        return self._rows
+
     def rows_worth(self, share: float) -> float:
         """Decodes in an iteration beyond which one more row adds less throughput than `share` of
         what it would add if rows cost nothing. Infinite if they do.

@@ -29,6 +29,7 @@ from fastserve.scheduler.core.types import (
     Inventory,
     JobSpec,
     JobState,
+    KvPlace,
     KvState,
     Plan,
     PreemptReason,
@@ -167,6 +168,10 @@ class Scheduler:
                 del self._homeless[job]
                 self._migrations.settle(home, job, now)
         self._moves.balance(now)
+
+    def take_kv_at(self, worker_id: str, place: KvPlace | None) -> None:
+        """Where a group takes KV of others from now on. Raises KeyError if it is not connected."""
+        self._groups[worker_id].place = place
 
     def draining(self, worker_id: str) -> bool:
         """Raises KeyError if it is not connected."""

@@ -15,6 +15,7 @@ from fastserve.worker.model.backend import choose_device, choose_dtype
 from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.llama import Model
 from fastserve.worker.model.loader import load_model, load_native
+from fastserve.worker.model.memory import announced
 from fastserve.worker.model.native import NativeModel, why_not_native
 from fastserve.worker.model.opt import OptModel, load_opt
 from fastserve.worker.native.build import NativeError
@@ -102,15 +103,17 @@ def load(folder: Path, way: Way, block_size: int = 16) -> AnyModel:
     """Load a prepared folder. Raises `ModelError`."""
     if way.device.type == "cpu":
         torch.set_num_threads(way.threads)
-    if ModelConfig.from_folder(folder).architecture == OPT:
-        return load_opt(folder, way.dtype, way.device, int8=way.int8)
-    if way.library is None:
-        return load_model(folder, way.dtype, way.device, int8=way.int8)
-    return load_native(
-        folder,
-        way.dtype,
-        way.library,
-        block_size=block_size,
-        threads=way.threads,
-        int8=way.int8,
-    )
+    config = ModelConfig.from_folder(folder)
+    with announced(config, way.dtype, int8=way.int8):
+        if config.architecture == OPT:
+            return load_opt(folder, way.dtype, way.device, int8=way.int8)
+        if way.library is None:
+            return load_model(folder, way.dtype, way.device, int8=way.int8)
+        return load_native(
+            folder,
+            way.dtype,
+            way.library,
+            block_size=block_size,
+            threads=way.threads,
+            int8=way.int8,
+        )

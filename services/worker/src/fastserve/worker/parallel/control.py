@@ -104,12 +104,17 @@ class GroupStaging(KvStaging):
     def __init__(self, *arguments: Any, followers: Followers) -> None:
         super().__init__(*arguments)
         self._followers = followers
+        self._theirs: list[str] = []  # `peer` of the other ranks
+
+    @property
+    def peers(self) -> list[str]:
+        every = [self.peer, *self._theirs]
+        return every if all(every) else []
 
     async def attach(self, timeout: float = 10.0) -> None:
-        replies = await self._all(super().attach(timeout), op="attach")
-        peers = [*self.peers[:1], *(peer for reply in replies for peer in reply["peers"])]
-        self.peers = peers if len(peers) == len(replies) + 1 else []
+        replies = await self._all(super().attach(timeout), op="attach", timeout=timeout)
         self.host_blocks = min([self.host_blocks, *(reply["host"] for reply in replies)])
+        self.attached()  # now that the others are
 
     async def inventory(self) -> dict[str, int]:
         own: dict[str, int] = {}
@@ -184,6 +189,7 @@ class GroupStaging(KvStaging):
             raise mine
         if isinstance(theirs, BaseException):
             raise theirs
+        self._theirs = [reply["peer"] for reply in theirs]
         for reply in theirs:
             if reply["error"]:
                 raise _ERRORS[reply["error"]](reply["reason"])
@@ -216,8 +222,7 @@ async def _do(message: dict[str, Any], staging: KvStaging | None, rank: int) -> 
     try:
         match message["op"]:
             case "attach":
-                await staging.attach()
-                reply["peers"] = staging.peers
+                await staging.attach(message["timeout"])
             case "inventory":
                 reply["held"] = await staging.inventory()
             case "release":
@@ -240,4 +245,5 @@ async def _do(message: dict[str, Any], staging: KvStaging | None, rank: int) -> 
                 reply |= asdict(await staging.fetch(keys, message["blocks"]))
     except StagingError as error:
         reply |= {"error": type(error).__name__, "reason": str(error)}
-    return {**reply, "free": staging.free_host_blocks, "host": staging.host_blocks}
+    told = {"free": staging.free_host_blocks, "host": staging.host_blocks, "peer": staging.peer}
+    return {**reply, **told}

@@ -12,12 +12,13 @@ import sys
 import structlog
 
 from fastserve.common.errors import StartupError
+from fastserve.common.processes import ending
 
 log = structlog.get_logger(__name__)
 _PR_SET_PDEATHSIG = 1
 
 
-def _held_port() -> socket.socket:
+def held_port() -> socket.socket:
     """A free port for rank 0, which listens seconds later; until then the system gives it to no
     connection and no other server."""
     held = socket.socket()
@@ -36,7 +37,7 @@ async def launch(size: int, stop: asyncio.Event) -> None:
 
     Raises `StartupError` when one ends by itself; the others are killed first.
     """
-    held = _held_port()
+    held = held_port()
     common = {
         **os.environ,
         "WORLD_SIZE": str(size),
@@ -64,7 +65,7 @@ async def launch(size: int, stop: asyncio.Event) -> None:
             await asyncio.wait(ends)
             return
         rank = next(rank for rank, end in enumerate(ends) if end.done())
-        raise StartupError(f"rank {rank} ended with status {ends[rank].result()}: the group ends")
+        raise StartupError(f"the group ends: rank {rank} {ending(ends[rank].result())}")
     finally:
         stopping.cancel()
         held.close()

@@ -18,6 +18,7 @@ from fastserve.worker.model.choose import Way, choose
 from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.kv_cache import KvCache
 from fastserve.worker.model.loader import load_model
+from fastserve.worker.model.memory import announced
 from fastserve.worker.native.build import NativeError
 from fastserve.worker.native.library import best_library
 from fastserve.worker.parallel.comm import Comm, Distributed, SharedMemory
@@ -104,7 +105,8 @@ def load_stage(rank: Rank, settings: Settings, folder: Path, way: Way) -> Stage:
     """Read this rank's shard and connect to the others. Raises `ModelError`, `StartupError`."""
     config = ModelConfig.from_folder(folder)
     shard = shard_of(config, rank.group)
-    model = load_model(folder, way.dtype, way.device, shard=shard)
+    with announced(config, way.dtype, shard=shard):
+        model = load_model(folder, way.dtype, way.device, shard=shard)
     comm = _connect(rank, settings, config, way)
     log.info("a rank is ready", rank=rank.group.rank, communication=comm.name)
     return Stage(rank.group, shard, model, comm)

@@ -76,13 +76,15 @@ class KvStaging:
         self._sidecar_epoch = 0
         # Life of the sidecar that holds our blocks; 0 while there is none.
         self.generation = 0
+        self.losses = 0  # such lives that are over
         self._attaching = asyncio.Lock()
         self._verify = True
         self._renewing: asyncio.Task[None] | None = None
         self.host_blocks = 0
         self.free_host_blocks = 0
         self.layout = layout
-        self.peers: list[str] = []  # where sidecars of other groups reach ours, if they can
+        self.peer = ""  # where sidecars of other groups reach ours, if they can
+        self.attached: Callable[[], None] = lambda: None  # called after each `attach` that was one
         self.cached_blocks = 0  # of the prefix cache in the pool, after the last save
         self._ending: set[asyncio.Task[None]] = set()  # of reads, whose bytes have come
         self._written: tuple[list[int], list[int]] = ([], [])  # slots to be kept, checksums
@@ -107,12 +109,11 @@ class KvStaging:
             self.host_blocks = reply.capacity_blocks
             self.free_host_blocks = reply.free_blocks
             self._verify = reply.verify
-            self.peers = [reply.peer_address] if reply.peer_address else []
-            if self._renewing is not None:
-                self._renewing.cancel()
-            self._renewing = asyncio.create_task(
-                self._renew(min(reply.owner_lease_seconds / 4, _RENEW_S))
-            )
+            self.peer = reply.peer_address
+            if self._renewing is None:
+                self._renewing = asyncio.create_task(
+                    self._renew(min(reply.owner_lease_seconds / 4, _RENEW_S))
+                )
             log.info(
                 "attached to kv-offload",
                 address=self._address,
@@ -120,6 +121,12 @@ class KvStaging:
                 capacity_blocks=reply.capacity_blocks,
                 verify=reply.verify,
             )
+            self.attached()
+
+    @property
+    def peers(self) -> list[str]:
+        """Where other groups can send KV to, by rank."""
+        return [self.peer] if self.peer else []
 
     async def inventory(self) -> dict[str, int]:
         """Job id -> committed tokens, counted from block 0 without a gap."""
@@ -323,16 +330,23 @@ class KvStaging:
 
     def _lost(self, error: Exception) -> SidecarLost:
         """Gone, or another life of it: either way what we committed there is not there now."""
+        if self._pool is not None:
+            self.losses += 1
+            log.warning("kv-offload is lost", address=self._address, reason=_reason(error))
         self._pool = None
         self.generation = self.free_host_blocks = 0
         return SidecarLost(f"{self._address}: {_reason(error)}")
 
     async def _renew(self, interval: float) -> None:
-        """Keep the lease of our blocks, and say that we live."""
-        while self._pool is not None:
+        """Keep the lease of our blocks, and say that we live; look for the next life of a sidecar
+        that is lost, which others may want to reach before we need it."""
+        while True:
             with contextlib.suppress(StagingError):
-                reply = await self._call(self._stub.Renew, pb.RenewRequest(**self._who()))
-                self.free_host_blocks = reply.free_blocks
+                if self._pool is None:
+                    await self.attach(timeout=interval)
+                else:
+                    reply = await self._call(self._stub.Renew, pb.RenewRequest(**self._who()))
+                    self.free_host_blocks = reply.free_blocks
             await asyncio.sleep(interval)
 
 
