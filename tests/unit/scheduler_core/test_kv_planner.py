@@ -293,6 +293,21 @@ def test_full_blocks_are_copied_out_while_their_job_runs_when_memory_is_short() 
     assert rig.scheduler.counters["tokens.recomputed"] == 0
 
 
+@pytest.mark.parametrize(("fixed_ms", "worth_it"), [(0.3, True), (30.0, False)])
+def test_nothing_is_copied_ahead_that_costs_more_in_calls_than_in_bytes(
+    fixed_ms: float, worth_it: bool
+) -> None:
+    """A copy takes `fixed_ms` and 1 ms a block; jobs have up to 12."""
+    rig = Rig(device_blocks=16, max_num_seqs=2)
+    for at, blocks in enumerate((1, 4) * 20):
+        group_of(rig).outward.pending += blocks
+        group_of(rig).outward.end(at, (fixed_ms + blocks) / 1000, blocks)
+    rig.submit("a", prompt=20, max_tokens=28)
+    rig.submit("b", prompt=12, max_tokens=28)
+    assert set(rig.run(80)) == {"a", "b"}
+    assert (rig.scheduler.counters["tokens.copy_out"] > 0) == worth_it
+
+
 @pytest.mark.parametrize(
     ("config", "worker"),
     [

@@ -49,6 +49,7 @@ class Asked:
     capacity_requests: int
     seed: int
     seeds: int
+    at_once: bool
     start_timeout: float
     timeout: float
     as_json: bool
@@ -118,8 +119,9 @@ async def _measure(
     with stop_on_signals() as stop:
         folder = model_folder(asked.model)
         reports = await run_all(
-            load, sizes, found, folder, scratch, asked.start_timeout, stop, _say
-        )
+            load, sizes, found, folder, scratch, asked.start_timeout, stop, _say,
+            at_once=asked.at_once,
+        )  # fmt: skip
         return reports, stop.is_set()
 
 

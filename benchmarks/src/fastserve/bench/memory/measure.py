@@ -1,11 +1,12 @@
-"""Capacity first, then the same requests on the same schedule for every deployment in turn."""
+"""Capacity first, then the same requests on the same schedule for all deployments."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fastserve.bench.arrivals import Arrivals
+from fastserve.bench.arrivals import Arrivals, LoadError
 from fastserve.bench.load.http import Address, HttpClient
 from fastserve.bench.load.plan import Lengths, fit, made
 from fastserve.bench.load.prompts import PromptMaker, local_maker
@@ -29,6 +30,7 @@ from fastserve.bench.memory.stacks import (
     command,
     counts,
     metrics_of,
+    on_cores,
     read_series,
     state_of,
 )
@@ -83,11 +85,19 @@ def blocks_for(load: Load, jobs: float, block_size: int) -> int:
 
 @contextlib.asynccontextmanager
 async def running(
-    variant: Variant, sizes: Sizes, model: Path, scratch: Path, timeout_s: float, request_s: float
+    variant: Variant,
+    sizes: Sizes,
+    model: Path,
+    scratch: Path,
+    timeout_s: float,
+    request_s: float,
+    cores: Collection[int] | None,
 ) -> Any:
-    """A `Stack` until the block ends. Raises `StartError`."""
+    """A `Stack`, on these cores only if any are given, until the block ends. Raises `StartError`."""
     state_folder = scratch / variant.name.replace("/", "-").replace(" ", "-")
     argv = command(variant, sizes, model, state_folder)
+    if cores:
+        argv = on_cores(cores, argv)
     log = state_folder.with_suffix(".log")
     async with server(variant.name, argv, log) as process:
         await process.ready(lambda: state_of(state_folder) is not None, timeout_s)
@@ -153,46 +163,63 @@ async def run_all(
     start_timeout_s: float,
     stop: asyncio.Event,
     say: Say,
+    *,
+    at_once: bool,
 ) -> list[Report]:
-    """Every deployment is started, then each load goes to all of them, one after the other.
+    """Every deployment is started, then each load goes to all of them, one after the other or, each
+    on cores of its own, at once.
 
     Raises `StartError`, `LoadError`.
     """
     reports: list[Report] = []
+    own = _shares(len(found)) if at_once else [None] * len(found)
     async with contextlib.AsyncExitStack() as up:
         stacks = []
-        for variant in found:
+        for variant, cores in zip(found, own, strict=True):
             say(f"starting {variant.name}: {' '.join(variant.flags)}")
-            entered = running(variant, sizes, model, scratch, start_timeout_s, load.timeout_s)
-            stacks.append(await up.enter_async_context(entered))
+            one = running(variant, sizes, model, scratch, start_timeout_s, load.timeout_s, cores)
+            stacks.append(await up.enter_async_context(one))
         maker = await local_maker(model)
-        rates = []
-        for stack in stacks:
+        together = [stacks] if at_once else [[stack] for stack in stacks]
+        rates: list[float] = []
+        for some in together:
             if stop.is_set():
                 return reports
-            rates.append(await capacity(stack, load, sizes.rows, maker))
-            say(f"capacity of {stack.variant.name}: {rates[-1]:.2f} requests/s")
+            measuring = (capacity(stack, load, sizes.rows, maker) for stack in some)
+            for stack, found_rate in zip(some, await asyncio.gather(*measuring), strict=True):
+                rates.append(found_rate)
+                say(f"capacity of {stack.variant.name}: {found_rate:.2f} requests/s")
         base = float(np.median(rates))
         if base <= 0:
             say("no request was answered")
             return reports
-        first = 0
         for seed in load.seeds:
-            # Each is first in turn: the machine is not the same for the first and the last.
-            order = [*stacks[first:], *stacks[:first]]
-            first = (first + 1) % len(stacks)
-            for share in load.loads:
-                rate = share * base
+            for over in load.loads:
+                rate = over * base
                 jobs = jobs_of(load, max(2, round(rate * load.seconds)), seed, rate)
                 # Prompts differ from run to run, or else a later one would find them cached.
-                requests = made(jobs, maker, seed * 1_000_000 + round(share * 1000), {})
-                for stack in order:
+                requests = made(jobs, maker, seed * 1_000_000 + round(over * 1000), {})
+                for some in together:
                     if stop.is_set():
                         return reports
-                    one = await _one(stack, load, requests, share, rate, seed, stop)
-                    reports.append(one)
-                    say(_line(one))
+                    runs = (_one(stack, load, requests, over, rate, seed, stop) for stack in some)
+                    for told in await asyncio.gather(*runs):
+                        reports.append(told)
+                        say(_line(told))
+            # Each is first in turn: the machine is not the same for the first and the last.
+            together = [*together[1:], *together[:1]]
     return reports
+
+
+def _shares(count: int) -> list[Collection[int] | None]:
+    """As many cores for each of so many deployments."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // count
+    if not each:
+        raise LoadError(
+            f"--at-once: {count} deployments need as many cores, not {len(cores)}: give --only"
+        )
+    return [cores[at * each :][:each] for at in range(count)]
 
 
 async def _one(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -71,6 +71,12 @@ def command(variant: Variant, sizes: Sizes, model: Path, state: Path) -> list[st
         *("--host-kv-blocks", str(sizes.host_blocks)),
         *variant.flags,
     ]
+
+
+def on_cores(cores: Collection[int], argv: Sequence[str]) -> list[str]:
+    """`argv`, bound to these cores of the machine."""
+    bind = f"os.sched_setaffinity(0, {set(cores)}); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", f"import os, sys; {bind}", *argv]
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,15 @@ def memory(
     seeds: Annotated[
         int, typer.Option(min=1, help="How many seeds, from --seed on.", rich_help_panel=WHAT)
     ] = 1,
+    at_once: Annotated[
+        bool,
+        typer.Option(
+            "--at-once",
+            help="All deployments at the same time, each on cores of its own, instead of one after "
+            "the other: a machine that varies does so for all.",
+            rich_help_panel=WHEN,
+        ),
+    ] = False,
     start_timeout: StartTimeout = 300.0,
     timeout: Timeout = 600.0,
     as_json: AsJson = False,
@@ -120,6 +129,7 @@ def memory(
             capacity_requests=capacity_requests,
             seed=seed,
             seeds=seeds,
+            at_once=at_once,
             start_timeout=start_timeout,
             timeout=timeout,
             as_json=as_json,

@@ -28,7 +28,11 @@ class Settings(RpcSettings):
     cpu_kernels: str = Field(
         default="auto", description="auto, native (or fail) or torch (the slow reference)"
     )
-    threads: int = Field(default=0, ge=0, description="CPU threads (0: all cores)")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="CPU threads (0: one for each physical core that affinity and limits leave)",
+    )
     tensor_parallel_size: int = Field(
         default=1, ge=1, description="ranks that share every layer (docs/parallel.md)"
     )

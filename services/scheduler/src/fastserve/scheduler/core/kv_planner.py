@@ -85,8 +85,12 @@ def write_through(draft: Draft) -> None:
     )
     if not pace.counts or group.outward.pending:
         return
-    missing = [job for job in group.resident if job.op is None and group.full_to_store(job) > 0]
     link, budget_s, copies = group.outward, pace.budget_s(draft.now), 0
+    # Fewer blocks add so little to the copy with which a job leaves that they are not worth one.
+    least = max(1, math.ceil(link.fixed_s / link.block_s)) if link.block_s > 0 else 1
+    missing = [
+        job for job in group.resident if job.op is None and group.full_to_store(job) >= least
+    ]
     while missing:
         job = max(missing, key=lambda job: (draft.next_at(job), draft.place(job)))
         missing.remove(job)

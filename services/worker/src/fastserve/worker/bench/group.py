@@ -14,11 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.multiprocessing.spawn import spawn
 
+from fastserve.worker.cores import usable_cores
 from fastserve.worker.model.batch import Batch
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import DEFAULT_MODEL, prepare
@@ -52,7 +52,7 @@ def _batch(rows: int, context: int) -> Batch:
 def _rank(rank: int, shape: tuple[int, int], folder: Path, asked: Any, port: int) -> None:
     store = TCPStore("127.0.0.1", port, is_master=False)
     tp, pp = shape
-    cores = psutil.cpu_count(logical=False) or 1
+    cores = usable_cores()
     torch.set_num_threads(max(1, cores // (tp * pp)))
     library = best_library()  # its memory is not the model's
     batch, before = _batch(asked.rows, asked.context), _memory("VmRSS")

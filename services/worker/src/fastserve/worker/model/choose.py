@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import psutil
 import structlog
 import torch
 
 from fastserve.common.errors import StartupError
+from fastserve.worker.cores import usable_cores
 from fastserve.worker.model.backend import choose_device, choose_dtype
 from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.llama import Model
@@ -73,7 +73,7 @@ def choose(
         if quantization == "int8":
             raise StartupError("quantization int8 is for CPUs")
         return Way(place, choose_dtype(dtype, place), False, threads, None)
-    cores = threads or psutil.cpu_count(logical=False) or 1
+    cores = threads or usable_cores()
     library = _kernels(config, cpu_kernels, block_size)
     int8 = quantization == "int8"
     if dtype == "auto" and library is not None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import structlog
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from fastserve.common.errors import StartupError
+from fastserve.worker.cores import usable_cores
 from fastserve.worker.model.choose import Way, choose
 from fastserve.worker.model.config import OPT, ModelConfig
 from fastserve.worker.model.kv_cache import KvCache
@@ -85,7 +85,7 @@ def choose_way(settings: Settings, config: ModelConfig, group: Group) -> Way:
         raise StartupError("quantization is for a single rank")
     if settings.cpu_kernels == "native":
         raise StartupError("the CPU kernels are for a single rank: leave --cpu-kernels out")
-    cores = psutil.cpu_count(logical=False) or 1
+    cores = usable_cores()
     way = choose(
         config,
         device=settings.device,
