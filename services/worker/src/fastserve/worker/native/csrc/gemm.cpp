@@ -12,6 +12,10 @@ namespace {
 // Rows and panels of a tile: 24 accumulators, 4 vectors of weights and an input fill the 32
 // registers.
 constexpr int MAX_ROWS = 6;
+#ifndef AT
+#define AT 4
+#endif
+constexpr int AHEAD_TILES = AT;
 constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
 
 template <class T>
@@ -20,9 +24,15 @@ ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
     return typename T::Acc{};
 }
 
+// Weights to be fetched into the second-level cache meanwhile.
+struct Ahead {
+    const int32_t* from = nullptr;
+    int vectors = 0;
+};
+
 // MR rows from `row` on, with a strip of NB panels.
 template <class T, int MR, int NB>
-void tile(const Product& p, int row, int strip, Pool::Claim& claim) {
+void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead) {
     constexpr bool INT8 = std::is_same_v<T, Int8>;
     constexpr int GROUP = group_words(INT8 ? Dtype::INT8 : Dtype::F32);
     const Rows& x = p.x;
@@ -32,8 +42,10 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim) {
     const int32_t* weights = w.data + vectors * w.words;
     const uint16_t* scales = w.scale + vectors * w.groups;
     const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
+    const int fetches = (ahead.vectors + x.groups - 1) / x.groups;  // while a group is computed
     f32x16 total[MR][NB] = {};
     for (int group = 0; group < x.groups; group++) {
+        for (int i = 0; i < fetches; i++, ahead.from += LANES) __builtin_prefetch(ahead.from, 0, 2);
         const int first = group * GROUP;
         typename T::Acc acc[MR][NB];
         const int32_t* at[NB];
@@ -59,7 +71,7 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim) {
     for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
 }
 
-using Tile = void (*)(const Product&, int row, int strip, Pool::Claim&);
+using Tile = void (*)(const Product&, int row, int strip, Pool::Claim&, Ahead);
 
 // Tiles of MR rows and 1 to 4 panels.
 template <class T, int MR>
@@ -77,10 +89,18 @@ constexpr const Tile* tiles_of(int rows) {
 // The rows [row, end) with a strip of so many panels.
 template <class T>
 void block(const Product& product, int row, int end, int strip, int panels) {
+    const Linear& w = product.w;
+    // In int8 the totals change after every 8 words: there are registers for them too.
+    const int most = std::is_same_v<T, Int8> && panels > MAX_PANELS / 2 ? MAX_ROWS / 2 : MAX_ROWS;
+    const int all = (end - row + most - 1) / most, vectors = panels * w.words;
+    const int32_t* next = w.data + (static_cast<size_t>(strip) * w.width + panels) * w.words * LANES;
     Pool::Claim sure;
-    for (int tiles = (end - row + MAX_ROWS - 1) / MAX_ROWS; tiles > 0; tiles--) {
+    for (int tiles = all; tiles > 0; tiles--) {
         const int count = (end - row + tiles - 1) / tiles;  // evenly, not 6, 6, 1
-        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure);
+        // The next strip comes while this one is computed, if that takes long enough.
+        Ahead ahead;
+        if (all >= AHEAD_TILES) ahead = {next + (all - tiles) * vectors / all * LANES, vectors / all};
+        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure, ahead);
         row += count;
     }
 }
@@ -105,7 +125,7 @@ void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind,
                                                      : tiles_of<Bf16, MAX_ROWS>(rows);
         pool.race(w.strips(), [product, tiles](int strip, int, Pool::Claim& claim) {
             const Linear& w = product.w;
-            tiles[std::min(w.width, w.panels - strip * w.width) - 1](product, 0, strip, claim);
+            tiles[std::min(w.width, w.panels - strip * w.width) - 1](product, 0, strip, claim, {});
         });
         return;
     }
