@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "product.h"
@@ -18,9 +19,10 @@ constexpr int MAX_ROWS = 6;
 constexpr int AHEAD_TILES = AT;
 constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
 
+// An accumulator for the group of inputs at `at`.
 template <class T>
-ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
-    if constexpr (std::is_same_v<T, Int8>) return splat(x.correction[group * x.rows + row]);
+ALWAYS_INLINE typename T::Acc fresh(const int32_t* at) {
+    if constexpr (std::is_same_v<T, Int8>) return splat(at[Rows::CORRECTION]);
     return typename T::Acc{};
 }
 
@@ -35,6 +37,7 @@ template <class T, int MR, int NB>
 void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead) {
     constexpr bool INT8 = std::is_same_v<T, Int8>;
     constexpr int GROUP = group_words(INT8 ? Dtype::INT8 : Dtype::F32);
+    constexpr int PITCH = INT8 ? Rows::INT8_PITCH : GROUP;
     const Rows& x = p.x;
     const Linear& w = p.w;
     const int panel = strip * w.width;
@@ -44,21 +47,21 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead)
     const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
     const int fetches = (ahead.vectors + x.groups - 1) / x.groups;  // while a group is computed
     f32x16 total[MR][NB] = {};
-    for (int group = 0; group < x.groups; group++) {
+    for (int group = 0; group < x.groups; group++, inputs += PITCH) {
         for (int i = 0; i < fetches; i++, ahead.from += LANES) __builtin_prefetch(ahead.from, 0, 2);
         const int first = group * GROUP;
         typename T::Acc acc[MR][NB];
         const int32_t* at[NB];
         for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
         for (int i = 0; i < MR; i++) {
-            for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(x, row + i, group);
+            for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(inputs + i * x.words);
         }
-        accumulate<T, NB>(acc, inputs + first, x.words, at, std::min(GROUP, w.words - first));
+        accumulate<T, NB>(acc, inputs, x.words, at, std::min(GROUP, w.words - first));
         if constexpr (INT8) {
             f32x16 scale[NB];
             for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (group * NB + j) * LANES);
             for (int i = 0; i < MR; i++) {
-                const f32x16 s = splat(x.scale[group * x.rows + row + i]);
+                const f32x16 s = splat(std::bit_cast<float>(inputs[i * x.words + Rows::SCALE]));
                 for (int j = 0; j < NB; j++) total[i][j] += to_float(acc[i][j]) * scale[j] * s;
             }
         } else {
@@ -90,9 +93,7 @@ constexpr const Tile* tiles_of(int rows) {
 template <class T>
 void block(const Product& product, int row, int end, int strip, int panels) {
     const Linear& w = product.w;
-    // In int8 the totals change after every 8 words: there are registers for them too.
-    const int most = std::is_same_v<T, Int8> && panels > MAX_PANELS / 2 ? MAX_ROWS / 2 : MAX_ROWS;
-    const int all = (end - row + most - 1) / most, vectors = panels * w.words;
+    const int all = (end - row + MAX_ROWS - 1) / MAX_ROWS, vectors = panels * w.words;
     const int32_t* next = w.data + (static_cast<size_t>(strip) * w.width + panels) * w.words * LANES;
     Pool::Claim sure;
     for (int tiles = all; tiles > 0; tiles--) {
@@ -143,9 +144,8 @@ void Rows::shape(Dtype new_dtype, int new_size, int new_rows) {
     rows = new_rows;
     words = words_of(dtype, size);
     groups = (words + group_words(dtype) - 1) / group_words(dtype);
+    if (dtype == Dtype::INT8) words = groups * INT8_PITCH;
     data.reserve(static_cast<size_t>(rows) * words);
-    scale.reserve(static_cast<size_t>(rows) * groups);
-    correction.reserve(static_cast<size_t>(rows) * groups);
 }
 
 void Rows::put(int row, const float* x) {
@@ -164,9 +164,9 @@ void Rows::put(int row, const float* x) {
         }
         return;
     }
-    auto* bytes = reinterpret_cast<int8_t*>(out);
     constexpr int GROUP = group_words(Dtype::INT8) * Int8::STEP;
-    for (int group = 0; group < groups; group++) {
+    for (int group = 0; group < groups; group++, out += INT8_PITCH) {
+        auto* bytes = reinterpret_cast<int8_t*>(out);
         const int first = group * GROUP, end = std::min(first + GROUP, padded(size));
         f32x16 most{}, spoilt{};
         for (int i = first; i < end; i += LANES) {
@@ -181,11 +181,11 @@ void Rows::put(int row, const float* x) {
             const i32x16 number = __builtin_convertvector(round(load(x + i) * inverse), i32x16);
             total += number;
             const i8x16 narrow = __builtin_convertvector(number, i8x16);
-            memcpy(bytes + i, &narrow, sizeof narrow);
+            memcpy(bytes + i - first, &narrow, sizeof narrow);
         }
         // What is not finite has to stay so: the engine fails such a job.
-        scale[group * rows + row] = highest / 127.0f + sum(spoilt);
-        correction[group * rows + row] = -128 * sum(total);
+        out[SCALE] = std::bit_cast<int32_t>(highest / 127.0f + sum(spoilt));
+        out[CORRECTION] = -128 * sum(total);
     }
 }
 
@@ -198,8 +198,9 @@ void Linear::pack(Arena& arena, Dtype new_dtype, int new_outputs, int new_inputs
     words = words_of(dtype, inputs);
     const int half = padded(outputs / 2);  // outputs of a half, with padding
     panels = (halves ? 2 * half : padded(outputs)) / LANES;
-    // Few panels: narrow strips, so that every thread gets as much as the others.
-    width = panels >= 96 ? MAX_PANELS : MAX_PANELS / 2;
+    // Few panels: narrow strips, so that every thread gets as much as the others. In int8 the totals
+    // change after every 8 words, and with narrow strips there are registers for them too.
+    width = panels >= 96 && dtype != Dtype::INT8 ? MAX_PANELS : MAX_PANELS / 2;
     groups = (words + group - 1) / group;
     data = arena.take<int32_t>(static_cast<size_t>(panels) * words * LANES);
     if (dtype == Dtype::INT8) {
