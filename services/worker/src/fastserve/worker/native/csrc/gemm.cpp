@@ -13,11 +13,9 @@ namespace {
 // Rows and panels of a tile: 24 accumulators, 4 vectors of weights and an input fill the 32
 // registers.
 constexpr int MAX_ROWS = 6;
-#ifndef AT
-#define AT 4
-#endif
-constexpr int AHEAD_TILES = AT;
 constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
+// So many tiles of a strip take longer than its successor takes to come from memory.
+constexpr int AHEAD_TILES = 4;
 
 // An accumulator for the group of inputs at `at`.
 template <class T>
@@ -98,9 +96,10 @@ void block(const Product& product, int row, int end, int strip, int panels) {
     Pool::Claim sure;
     for (int tiles = all; tiles > 0; tiles--) {
         const int count = (end - row + tiles - 1) / tiles;  // evenly, not 6, 6, 1
-        // The next strip comes while this one is computed, if that takes long enough.
-        Ahead ahead;
-        if (all >= AHEAD_TILES) ahead = {next + (all - tiles) * vectors / all * LANES, vectors / all};
+        Ahead ahead;  // a part of the next strip
+        if (all >= AHEAD_TILES) {
+            ahead = {next + (all - tiles) * vectors / all * LANES, vectors / all};
+        }
         tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure, ahead);
         row += count;
     }
