@@ -96,13 +96,15 @@ class EngineThread:
 
     def _run(self, engine: Engine) -> None:
         left_at: float | None = None  # the last iteration ended and left rows
+        acted = False  # since the last iteration, so there may be more to report
         while True:
-            try:
-                action = self._inbox.get(block=not engine.runnable)
-            except queue.Empty:
+            # An exception instead would cost 12 us: everything is cold after a step.
+            if engine.runnable and self._inbox.empty():
                 # Not with the iteration that begins: the next plan, which counts on it, would come
                 # that much later.
-                self._emit_ended(engine)
+                if acted:
+                    self._emit_ended(engine)
+                    acted = False
                 began = time.perf_counter()
                 self._iterating = True
                 iteration = engine.step()
@@ -112,9 +114,11 @@ class EngineThread:
                 left_at = time.perf_counter() if engine.has_rows else None
                 self._emit(iteration)
                 continue
+            action = self._inbox.get()
             if action is None:
                 return
             action(engine)
+            acted = True
             if not engine.has_rows:
                 left_at = None  # nothing to do is no overhead
             if not engine.runnable:

@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "product.h"
@@ -13,18 +14,28 @@ namespace {
 // registers.
 constexpr int MAX_ROWS = 6;
 constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
+// So many tiles of a strip take longer than its successor takes to come from memory.
+constexpr int AHEAD_TILES = 4;
 
+// An accumulator for the group of inputs at `at`.
 template <class T>
-ALWAYS_INLINE typename T::Acc fresh(const Rows& x, int row, int group) {
-    if constexpr (std::is_same_v<T, Int8>) return splat(x.correction[group * x.rows + row]);
+ALWAYS_INLINE typename T::Acc fresh(const int32_t* at) {
+    if constexpr (std::is_same_v<T, Int8>) return splat(at[Rows::CORRECTION]);
     return typename T::Acc{};
 }
 
+// Weights to be fetched into the second-level cache meanwhile.
+struct Ahead {
+    const int32_t* from = nullptr;
+    int vectors = 0;
+};
+
 // MR rows from `row` on, with a strip of NB panels.
 template <class T, int MR, int NB>
-void tile(const Product& p, int row, int strip, Pool::Claim& claim) {
+void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead) {
     constexpr bool INT8 = std::is_same_v<T, Int8>;
     constexpr int GROUP = group_words(INT8 ? Dtype::INT8 : Dtype::F32);
+    constexpr int PITCH = INT8 ? Rows::INT8_PITCH : GROUP;
     const Rows& x = p.x;
     const Linear& w = p.w;
     const int panel = strip * w.width;
@@ -32,21 +43,23 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim) {
     const int32_t* weights = w.data + vectors * w.words;
     const uint16_t* scales = w.scale + vectors * w.groups;
     const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
+    const int fetches = (ahead.vectors + x.groups - 1) / x.groups;  // while a group is computed
     f32x16 total[MR][NB] = {};
-    for (int group = 0; group < x.groups; group++) {
+    for (int group = 0; group < x.groups; group++, inputs += PITCH) {
+        for (int i = 0; i < fetches; i++, ahead.from += LANES) __builtin_prefetch(ahead.from, 0, 2);
         const int first = group * GROUP;
         typename T::Acc acc[MR][NB];
         const int32_t* at[NB];
         for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
         for (int i = 0; i < MR; i++) {
-            for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(x, row + i, group);
+            for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(inputs + i * x.words);
         }
-        accumulate<T, NB>(acc, inputs + first, x.words, at, std::min(GROUP, w.words - first));
+        accumulate<T, NB>(acc, inputs, x.words, at, std::min(GROUP, w.words - first));
         if constexpr (INT8) {
             f32x16 scale[NB];
             for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (group * NB + j) * LANES);
             for (int i = 0; i < MR; i++) {
-                const f32x16 s = splat(x.scale[group * x.rows + row + i]);
+                const f32x16 s = splat(std::bit_cast<float>(inputs[i * x.words + Rows::SCALE]));
                 for (int j = 0; j < NB; j++) total[i][j] += to_float(acc[i][j]) * scale[j] * s;
             }
         } else {
@@ -59,7 +72,7 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim) {
     for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
 }
 
-using Tile = void (*)(const Product&, int row, int strip, Pool::Claim&);
+using Tile = void (*)(const Product&, int row, int strip, Pool::Claim&, Ahead);
 
 // Tiles of MR rows and 1 to 4 panels.
 template <class T, int MR>
@@ -77,10 +90,17 @@ constexpr const Tile* tiles_of(int rows) {
 // The rows [row, end) with a strip of so many panels.
 template <class T>
 void block(const Product& product, int row, int end, int strip, int panels) {
+    const Linear& w = product.w;
+    const int all = (end - row + MAX_ROWS - 1) / MAX_ROWS, vectors = panels * w.words;
+    const int32_t* next = w.data + (static_cast<size_t>(strip) * w.width + panels) * w.words * LANES;
     Pool::Claim sure;
-    for (int tiles = (end - row + MAX_ROWS - 1) / MAX_ROWS; tiles > 0; tiles--) {
+    for (int tiles = all; tiles > 0; tiles--) {
         const int count = (end - row + tiles - 1) / tiles;  // evenly, not 6, 6, 1
-        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure);
+        Ahead ahead;  // a part of the next strip
+        if (all >= AHEAD_TILES) {
+            ahead = {next + (all - tiles) * vectors / all * LANES, vectors / all};
+        }
+        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure, ahead);
         row += count;
     }
 }
@@ -105,7 +125,7 @@ void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind,
                                                      : tiles_of<Bf16, MAX_ROWS>(rows);
         pool.race(w.strips(), [product, tiles](int strip, int, Pool::Claim& claim) {
             const Linear& w = product.w;
-            tiles[std::min(w.width, w.panels - strip * w.width) - 1](product, 0, strip, claim);
+            tiles[std::min(w.width, w.panels - strip * w.width) - 1](product, 0, strip, claim, {});
         });
         return;
     }
@@ -123,9 +143,8 @@ void Rows::shape(Dtype new_dtype, int new_size, int new_rows) {
     rows = new_rows;
     words = words_of(dtype, size);
     groups = (words + group_words(dtype) - 1) / group_words(dtype);
+    if (dtype == Dtype::INT8) words = groups * INT8_PITCH;
     data.reserve(static_cast<size_t>(rows) * words);
-    scale.reserve(static_cast<size_t>(rows) * groups);
-    correction.reserve(static_cast<size_t>(rows) * groups);
 }
 
 void Rows::put(int row, const float* x) {
@@ -144,9 +163,9 @@ void Rows::put(int row, const float* x) {
         }
         return;
     }
-    auto* bytes = reinterpret_cast<int8_t*>(out);
     constexpr int GROUP = group_words(Dtype::INT8) * Int8::STEP;
-    for (int group = 0; group < groups; group++) {
+    for (int group = 0; group < groups; group++, out += INT8_PITCH) {
+        auto* bytes = reinterpret_cast<int8_t*>(out);
         const int first = group * GROUP, end = std::min(first + GROUP, padded(size));
         f32x16 most{}, spoilt{};
         for (int i = first; i < end; i += LANES) {
@@ -161,11 +180,11 @@ void Rows::put(int row, const float* x) {
             const i32x16 number = __builtin_convertvector(round(load(x + i) * inverse), i32x16);
             total += number;
             const i8x16 narrow = __builtin_convertvector(number, i8x16);
-            memcpy(bytes + i, &narrow, sizeof narrow);
+            memcpy(bytes + i - first, &narrow, sizeof narrow);
         }
         // What is not finite has to stay so: the engine fails such a job.
-        scale[group * rows + row] = highest / 127.0f + sum(spoilt);
-        correction[group * rows + row] = -128 * sum(total);
+        out[SCALE] = std::bit_cast<int32_t>(highest / 127.0f + sum(spoilt));
+        out[CORRECTION] = -128 * sum(total);
     }
 }
 
@@ -178,8 +197,9 @@ void Linear::pack(Arena& arena, Dtype new_dtype, int new_outputs, int new_inputs
     words = words_of(dtype, inputs);
     const int half = padded(outputs / 2);  // outputs of a half, with padding
     panels = (halves ? 2 * half : padded(outputs)) / LANES;
-    // Few panels: narrow strips, so that every thread gets as much as the others.
-    width = panels >= 96 ? MAX_PANELS : MAX_PANELS / 2;
+    // Few panels: narrow strips, so that every thread gets as much as the others. In int8 the totals
+    // change after every 8 words, and with narrow strips there are registers for them too.
+    width = panels >= 96 && dtype != Dtype::INT8 ? MAX_PANELS : MAX_PANELS / 2;
     groups = (words + group - 1) / group;
     data = arena.take<int32_t>(static_cast<size_t>(panels) * words * LANES);
     if (dtype == Dtype::INT8) {

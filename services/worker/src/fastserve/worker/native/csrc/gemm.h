@@ -41,15 +41,17 @@ constexpr int words_of(Dtype dtype, int size) {
 //
 // int8: number = value * scale of its row and group. Products are taken with 128 added to the
 // weights (see Int8); `correction` is -128 times the sum of a group, what has to be added to them.
+// Both stand behind the words of their group: whoever reads a row has them in the cache.
 struct Rows {
+    static constexpr int SCALE = group_words(Dtype::INT8), CORRECTION = SCALE + 1;
+    static constexpr int INT8_PITCH = CORRECTION + 1;  // words from group to group
+
     Dtype dtype = Dtype::F32;
     int rows = 0;
     int size = 0;    // numbers in a row
-    int words = 0;   // words in a row, padding included
+    int words = 0;   // from row to row
     int groups = 0;  // in a row, the last one maybe shorter
     Buffer<int32_t> data;
-    Buffer<float> scale;         // [groups, rows]
-    Buffer<int32_t> correction;  // [groups, rows]
 
     void shape(Dtype dtype, int size, int rows);
     // Puts x [size] into a row. x has room for a multiple of 16 and is zero there.

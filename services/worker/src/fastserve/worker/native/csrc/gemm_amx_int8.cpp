@@ -2,6 +2,8 @@
 // are exact; they are scaled and added in floats by the operations of gemm.cpp, in the same order, so
 // that both get the same bits.
 
+#include <bit>
+
 #include "amx.h"
 #include "product.h"
 
@@ -45,14 +47,13 @@ struct Int8Tiles {
         const int32_t* weights = w.data + vectors * w.words + first * LANES;
         const uint16_t* scales = w.scale + vectors * w.groups + first * LANES;
         const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
-        const float* input_scales = x.scale.get() + row;
         const size_t pitch = static_cast<size_t>(panels) * LANES;
-        const int groups = x.groups, words = x.words, all_rows = x.rows;
+        const int groups = x.groups, words = x.words;
         alignas(64) int32_t products[AHEAD][NB][ROWS][LANES];
         f32x16 total[NB][ROWS];
         for_each<NB * ROWS>([&]<int I>() INLINED { total[I / ROWS][I % ROWS] = f32x16{}; });
         const auto multiply = [&]<int AT>(int group) INLINED {
-            tile_load<4 + AT % 2>(inputs + group * GROUP, words);
+            tile_load<4 + AT % 2>(inputs + group * Rows::INT8_PITCH, words);
             for_each<NB>([&]<int J>() INLINED {
                 constexpr int C = (AT * NB + J) % 4, B = 6 + (AT * NB + J) % 2;
                 tile_zero<C>();
@@ -64,9 +65,9 @@ struct Int8Tiles {
         const auto scale = [&]<int AT>(int group) INLINED {
             for_each<NB>([&]<int J>() INLINED {
                 const f32x16 weight = load_bf16(scales + group * pitch + J * LANES);
-                const float* rows = input_scales + static_cast<size_t>(group) * all_rows;
+                const int32_t* rows = inputs + group * Rows::INT8_PITCH + Rows::SCALE;
                 for_each<ROWS>([&]<int I>() INLINED {
-                    const f32x16 s = splat(rows[I]);
+                    const f32x16 s = splat(std::bit_cast<float>(rows[I * words]));
                     const i32x16 sums = *reinterpret_cast<const i32x16*>(products[AT][J][I]);
                     total[J][I] += to_float(sums) * weight * s;
                 });
