@@ -15,6 +15,7 @@ from fastserve.worker.model.sampling import (
     Sampled,
     SampleRow,
     SamplingParams,
+    _first,
     sample,
     uniform,
 )
@@ -146,6 +147,22 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float) -> None:
         total += values[size]
         size += 1
     assert set(drawn(logits, 3000, top_p=top_p)) == set(ids[:size])
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0, 30.0])  # all equal, flat, as usual, peaked
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (40, 0.5), (3000, 1.0), (0, 0.5), (0, 0.9), (0, 0.9999)]
+)
+def test_as_much_as_is_needed_is_sorted_as_the_whole_would_be(
+    scale: float, top_k: int, top_p: float
+) -> None:
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)).bfloat16()  # some equal
+    probabilities = (logits.double() * scale).softmax(dim=-1)
+    values, ids = _first(probabilities, SamplingParams(1, top_k=top_k, top_p=top_p))
+    every, order = probabilities.sort(descending=True, stable=True)
+    assert torch.equal(values, every[: len(values)]) and torch.equal(ids, order[: len(values)])
+    if len(values) < len(probabilities):
+        assert len(values) >= top_k and (top_k or float(values.sum()) >= top_p)
 
 
 @pytest.mark.parametrize("min_p", [0.05, 0.2, 1.0])
