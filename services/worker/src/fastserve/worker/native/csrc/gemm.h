@@ -83,7 +83,6 @@ struct Linear {
 
 enum class Output {
     STORE,   // out = y
-    FAR,     // out = y, more than the caches hold; aligned to 64 bytes
     ADD,     // out += y
     SWIGLU,  // out = silu(gate) * up, for weights packed in halves
 };

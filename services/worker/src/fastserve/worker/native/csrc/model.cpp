@@ -78,9 +78,7 @@ void Model::forward(const Batch& batch) {
     if (batch.logit_rows == 0) return;
     each_row(batch.logit_rows,
              [&](int i, int thread) { normalise(wanted_[i], final_norm_.get(), i, thread); });
-    // The logits of one row are read from the cache next, those of many would push the inputs out.
-    const Output kind = batch.logit_rows > 1 ? Output::FAR : Output::STORE;
-    multiply(pool_, hidden_words_, batch.logit_rows, head_, kind, batch.logits,
+    multiply(pool_, hidden_words_, batch.logit_rows, head_, Output::STORE, batch.logits,
              batch.logits_stride);
 }
 

@@ -38,7 +38,7 @@ struct Batch {
     const int32_t* table_starts;  // [rows]
     const int32_t* wanted;        // [logit_rows] rows
     void* kv;
-    float* logits;        // [logit_rows, logits_stride], aligned to 64 bytes
+    float* logits;        // [logit_rows, logits_stride]
     int64_t logits_stride;  // a multiple of 16, at least `vocab`
 };
 

@@ -30,11 +30,7 @@ ALWAYS_INLINE void finish(const Product& p, int row, int panel, f32x16 (&total)[
     }
     for (int j = 0; j < NB; j++) {
         float* at = out + (panel + j) * LANES;
-        if (p.kind == Output::FAR) {
-            store_far(at, total[j]);
-        } else {
-            store(at, p.kind == Output::ADD ? load(at) + total[j] : total[j]);
-        }
+        store(at, p.kind == Output::ADD ? load(at) + total[j] : total[j]);
     }
 }
 
