@@ -14,8 +14,6 @@ namespace {
 // registers.
 constexpr int MAX_ROWS = 6;
 constexpr int ROW_BLOCK = 192;  // rows whose words stay in the second-level cache
-// So many tiles of a strip take longer than its successor takes to come from memory.
-constexpr int AHEAD_TILES = 4;
 
 // An accumulator for the group of inputs at `at`.
 template <class T>
@@ -90,6 +88,8 @@ constexpr const Tile* tiles_of(int rows) {
 // The rows [row, end) with a strip of so many panels.
 template <class T>
 void block(const Product& product, int row, int end, int strip, int panels) {
+    // With fewer tiles memory is the limit, and to fetch the next strip would hold this one up.
+    constexpr int AHEAD_TILES = std::is_same_v<T, Int8> ? 2 : 3;
     const Linear& w = product.w;
     const int all = (end - row + MAX_ROWS - 1) / MAX_ROWS, vectors = panels * w.words;
     const int32_t* next = w.data + (static_cast<size_t>(strip) * w.width + panels) * w.words * LANES;
