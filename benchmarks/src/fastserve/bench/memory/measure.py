@@ -93,7 +93,7 @@ async def running(
     request_s: float,
     cores: Collection[int] | None,
 ) -> Any:
-    """A `Stack`, on these cores only if any are given, until the block ends. Raises `StartError`."""
+    """A `Stack` until the block ends, on these cores if any are given. Raises `StartError`."""
     state_folder = scratch / variant.name.replace("/", "-").replace(" ", "-")
     argv = command(variant, sizes, model, state_folder)
     if cores:
