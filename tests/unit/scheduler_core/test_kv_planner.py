@@ -264,6 +264,24 @@ def test_the_next_in_line_comes_back_long_before_its_turn() -> None:
     assert set(rig.run(100)) == {"a", "b", "running"}
 
 
+def test_who_joins_while_an_older_plan_runs_never_needs_more_than_it_booked() -> None:
+    """When its KV leaves then, it is booked anew: not for iterations of plans without it."""
+    rig = Rig({"lease": 4}, device_blocks=16)
+    for name in "ab":
+        rig.submit(name, prompt=8, max_tokens=20)
+    group, a, b = group_of(rig), rig.job("a"), rig.job("b")
+    group.set_kv(a, KvState.DEVICE)
+    group.set_kv(b, KvState.DEVICE)
+    group.send(4, [a.decode_row()], {a})
+    group.book(b, 4)
+    booked = b.booked
+    group.send(4, [a.decode_row(), b.decode_row()], {a, b})
+    group.set_kv(b, KvState.OFFLOADING)
+    assert b.booked == booked == 3  # 8 tokens and 4 iterations in blocks of 4
+    group.reached(2, 1)
+    assert (group.pending(a), group.pending(b)) == (3, 3)
+
+
 # --- copies ahead of leaving, and leaving without one --------------------------------------------
 
 

@@ -203,10 +203,7 @@ class Group:
 
     def need(self, job: Job, iterations: int) -> int:
         """Device blocks it may need within so many iterations more, those it has included."""
-        if job.last_plan == self.plan_id:  # asked for every row of every plan: written out
-            iterations += self.outstanding
-        else:
-            iterations += self.pending(job)
+        iterations += self.pending(job)
         tokens = job.prompt_len + len(job.output) + iterations
         if tokens > job.max_len:
             tokens = job.max_len
@@ -219,9 +216,8 @@ class Group:
         plans = self.plans
         if not plans or job.last_plan < plans[0].plan_id:
             return 0
-        if job.last_plan == plans[-1].plan_id:
-            return self.outstanding
-        return sum(plan.lease_left for plan in plans if plan.plan_id <= job.last_plan)
+        # Not a bound only: what is booked anew must never be more than what was.
+        return sum(plan.lease_left for plan in plans if job in plan.jobs)
 
     def book_host(self, job: Job, blocks: int) -> None:
         self.host_used += blocks - job.host_booked
