@@ -195,3 +195,20 @@ def test_jobs_do_not_go_to_and_fro() -> None:
         groups.submit(f"j{number}", max_tokens=30 + number)
     groups.run()
     assert groups.scheduler.counters["migrations.balance"] <= 40
+
+
+def test_what_it_would_cost_to_end_a_group() -> None:
+    groups = Groups({"a": 1.0, "b": 1.0})
+    groups.submit("j", prompt=40, max_tokens=20)
+    job = groups.scheduler.job("j")
+    assert job is not None
+    busy = str(job.worker_id)
+    idle = "b" if busy == "a" else "a"
+    groups.step(4)
+    assert job.computed >= 40
+    assert groups.scheduler.moving_cost(busy) == job.computed + 1
+    assert groups.scheduler.moving_cost(idle) == 0
+    groups.scheduler.drain(idle, True, groups.now)
+    assert groups.scheduler.moving_cost(idle) == -1
+    with pytest.raises(KeyError):
+        groups.scheduler.moving_cost("nobody")
