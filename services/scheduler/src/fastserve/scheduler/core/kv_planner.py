@@ -11,25 +11,21 @@ first come back first. Three occasions:
 Plenty is twice the reserve, and who leaves for a job that comes back has time for both ways, so
 that no job goes to and fro.
 
-With no room on the host either, a job that leaves loses what was computed. Jobs that take turns in
-that would never end, so a job loses it only a few times for younger ones, and the oldest never
-loses it again.
+`eviction.py` says who may have to leave, and how.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 
-from fastserve.scheduler.core.draft import Draft, host_need
+from fastserve.scheduler.core.draft import Draft
+from fastserve.scheduler.core.eviction import MOST_DROPS, evict, idle_jobs, upload_s, victims_for
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
-from fastserve.scheduler.core.types import JobState, KvOpKind, KvState, KvStrategy
+from fastserve.scheduler.core.types import KvOpKind, KvState, KvStrategy
 
 # More of the device than this is never kept idle.
 _LARGEST_RESERVE = 0.25
-# So often a job may lose its KV cache for a younger one.
-_MOST_DROPS = 2
 # So many that wait for a row, the next ones in line, are kept on the device: estimates say who is
 # next better than when, as answers end unannounced.
 _NEXT_IN_LINE = 2
@@ -46,30 +42,19 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     if draft.group.config.kv_strategy is KvStrategy.DEFER and not (job.booked or starving):
         return coming
     enough = coming
-    for victim in _worse(draft, job, starving=starving):
+    for victim in victims_for(draft, job, starving=starving):
         enough += victim.booked
         if enough >= need:
             break
     else:
         return coming
-    for victim in _worse(draft, job, starving=starving):
+    for victim in victims_for(draft, job, starving=starving):
         if coming >= need:
             break
         booked = victim.booked
-        if _evict(draft, victim, _worse(draft, job, starving=starving), gainer=job):
+        if evict(draft, victim, victims_for(draft, job, starving=starving), gainer=job):
             coming += booked
     return coming
-
-
-def _worse(draft: Draft, job: Job, *, starving: bool) -> Iterator[Job]:
-    """Who may have to leave for a job. There can be thousands, and few are needed: one by one."""
-    any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
-    place = draft.place(job)
-    for victim in _victims(draft):
-        if (any_victim or victim.state is not JobState.RUNNING) and (
-            draft.place(victim) > place or (starving and victim.seq > job.seq)
-        ):
-            yield victim
 
 
 def write_through(draft: Draft) -> None:
@@ -133,12 +118,12 @@ def keep_reserve(draft: Draft) -> None:
     missing = min(reserve, reserve - draft.spare() - draft.leaving)
     if missing <= 0:
         return
-    idle = _idle(draft)
+    idle = idle_jobs(draft)
     for victim in idle:
         booked = victim.booked
         if missing <= 0:
             break
-        if _evict(draft, victim, idle, gainer=None):
+        if evict(draft, victim, idle, gainer=None):
             missing -= booked
 
 
@@ -146,9 +131,9 @@ def fetch(draft: Draft, job: Job) -> None:
     """A job on the host has room, and its turn: upload it, or give its copy up if computing again
     is cheaper, in seconds of all jobs together (see `_recompute`)."""
     group = draft.group
-    if group.config.kv_strategy is KvStrategy.PROACTIVE and job.drops < _MOST_DROPS:
+    if group.config.kv_strategy is KvStrategy.PROACTIVE and job.drops < MOST_DROPS:
         compute_s = group.cost.more(0, job.host_tokens) * len(group.queue)
-        if job.host_tokens > job.dropped_at and compute_s < _upload_s(group, job):
+        if job.host_tokens > job.dropped_at and compute_s < upload_s(group, job):
             job.drops += 1
             job.dropped_at = job.host_tokens
             draft.operate(KvOpKind.DROP_HOST, job)
@@ -175,22 +160,15 @@ def bring_back(draft: Draft) -> None:
         need = group.need(job, group.config.lease)
         short = need - draft.spare()
         if short + 2 * reserve > 0:
-            if turn >= _NEXT_IN_LINE and next_at > _upload_s(group, job):
+            if turn >= _NEXT_IN_LINE and next_at > upload_s(group, job):
                 return
             if victims is None:
-                victims = _idle(draft)
+                victims = idle_jobs(draft)
             if short + reserve > 0 and not _swap(draft, victims, short + reserve, next_at, job):
                 return
             if need > draft.spare():
                 continue
         draft.operate(KvOpKind.UPLOAD, job)
-
-
-def _upload_s(group: Group, job: Job) -> float:
-    """Seconds until it can run if its upload begins now."""
-    copied = group.inward.seconds(group.blocks(job.host_tokens))
-    # It begins at the end of an iteration, and is seen to be over at the end of another one.
-    return copied + 2 * group.cost.decode_s
 
 
 def _swap(draft: Draft, victims: list[Job], short: int, next_at: float, job: Job) -> bool:
@@ -200,14 +178,14 @@ def _swap(draft: Draft, victims: list[Job], short: int, next_at: float, job: Job
     for victim in victims:
         if short <= 0:
             break
-        back = draft.next_at(victim) - _upload_s(draft.group, victim)
+        back = draft.next_at(victim) - upload_s(draft.group, victim)
         if victim.op is None and back > next_at and draft.place(victim) > draft.place(job):
             leave.append(victim)
             short -= victim.booked
     if short > 0:
         return False
     for victim in leave:
-        _evict(draft, victim, leave, gainer=None)
+        evict(draft, victim, leave, gainer=None)
     return True
 
 
@@ -222,99 +200,3 @@ def reserve_blocks(group: Group, now: float) -> int:
     growth = group.running * lead_s / iteration_s / group.info.block_size
     wanted = math.ceil(group.newcomers.most(lead_s, now) + growth)
     return min(wanted, int(group.info.device_blocks * _LARGEST_RESERVE))
-
-
-def _victims(draft: Draft) -> Iterator[Job]:
-    """Jobs whose device blocks could be freed, the one that is estimated to run last first."""
-    resident, chosen = draft.group.resident, draft.chosen
-    if draft.leavers is None:
-        draft.leavers = [job for job in resident if job.op is None and job not in chosen]
-        draft.leavers.sort(key=lambda job: (draft.next_at(job), draft.place(job)), reverse=True)
-    for job in draft.leavers:
-        if job.op is None and job in resident and job not in chosen:
-            yield job
-
-
-def _idle(draft: Draft) -> list[Job]:
-    """Those of them that neither have a row nor were to get one."""
-    return [
-        job
-        for job in _victims(draft)
-        if job.state is not JobState.RUNNING and job not in draft.starved
-    ]
-
-
-def _evict(draft: Draft, victim: Job, others: Iterable[Job], *, gainer: Job | None) -> bool:
-    """Take the device blocks of a job away. False: not now, or not at the price of its KV.
-
-    `others`: whose host copies may go for it. `gainer`: the job that waits for the blocks.
-    """
-    group = draft.group
-    if victim.op is not None:
-        return False
-    if victim.host_tokens >= victim.computed and not group.pending(victim):
-        draft.operate(KvOpKind.DROP_DEVICE, victim)  # the host copy is complete
-        return True
-    if group.config.kv_strategy is KvStrategy.PROACTIVE and _recompute(draft, victim, gainer):
-        _drop(draft, victim)
-        return True
-    missing = host_need(group, victim) - victim.host_booked - group.host_free
-    if group.config.kv_strategy is KvStrategy.RECOMPUTE:
-        missing = max(missing, 1)  # as if the host were full
-    if missing <= 0:
-        draft.operate(KvOpKind.OFFLOAD, victim)
-        return True
-    if gainer is None or _drop_copies(draft, victim, others, missing):
-        return False  # there will be room on the host soon
-    if victim.drops < _MOST_DROPS or gainer.seq < victim.seq:
-        victim.drops += 1
-        _drop(draft, victim)
-        return True
-    return False
-
-
-def _drop(draft: Draft, victim: Job) -> None:
-    victim.dropped_at = victim.computed
-    draft.operate(KvOpKind.DROP_DEVICE, victim)
-
-
-def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
-    """Whether it is cheaper to compute again what the host lacks than to copy it there and back.
-
-    In seconds of all jobs together: computing delays whoever runs or waits for a row, a copy the
-    one job that wants the blocks. Nobody loses anything twice without having got further.
-    """
-    group = draft.group
-    if victim.computed <= victim.dropped_at:
-        return False
-    tokens = victim.bound(group.pending(victim)) - victim.host_tokens
-    counts = tokens >= group.info.block_size  # the end of a block is no loss to speak of
-    if counts and victim.drops >= _MOST_DROPS:
-        return False
-    compute_s = group.cost.more(victim.host_tokens, tokens) * len(group.queue)
-    blocks = group.to_store(victim)
-    copy_s = group.outward.seconds(blocks) + group.inward.fixed_s + blocks * group.inward.block_s
-    if gainer is not None:
-        copy_s += 2 * group.cost.decode_s  # see `_upload_s`
-    if compute_s >= copy_s:
-        return False
-    victim.drops += counts
-    return True
-
-
-def _drop_copies(draft: Draft, victim: Job, others: Iterable[Job], missing: int) -> bool:
-    """Free host blocks that only double what is on the device. True if enough will be free."""
-    group = draft.group
-    if group.host_free <= 0 and group.host_used == 0:
-        return False
-    under_way = [op.job for op in group.ops.values() if op.kind is KvOpKind.DROP_HOST and op.job]
-    missing -= sum(job.host_booked for job in under_way)
-    doubled = [job for job in others if job.host_booked and job.op is None and job is not victim]
-    if missing > sum(job.host_booked for job in doubled):
-        return False
-    for job in doubled:
-        if missing <= 0:
-            break
-        missing -= job.host_booked
-        draft.operate(KvOpKind.DROP_HOST, job)
-    return True
