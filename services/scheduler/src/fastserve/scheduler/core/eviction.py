@@ -16,17 +16,39 @@ from fastserve.scheduler.core.types import JobState, KvOpKind, KvStrategy
 
 # So often a job may lose its KV cache for a younger one.
 MOST_DROPS = 2
+# Who came to the device stays until it was served for so many times what its copies take, so that
+# jobs which take turns spend no more than this part of the time on copies.
+_STAY = 30
 
 
 def victims_for(draft: Draft, job: Job, *, starving: bool) -> Iterator[Job]:
     """Who may have to leave for a job. There can be thousands, and few are needed: one by one."""
-    any_victim = draft.group.policy.preemptive or job.state is JobState.RUNNING
+    group = draft.group
+    any_victim = group.policy.preemptive or job.state is JobState.RUNNING
+    returns = group.config.kv_strategy is KvStrategy.PROACTIVE and not job.booked and job.peak > 0
     place = draft.place(job)
     for victim in leavers(draft):
-        if (any_victim or victim.state is not JobState.RUNNING) and (
-            draft.place(victim) > place or (starving and victim.seq > job.seq)
-        ):
+        if not any_victim and victim.state is JobState.RUNNING:
+            continue
+        if returns and job.spec.priority >= victim.spec.priority and _stays(group, victim):
+            continue
+        if draft.place(victim) > place or (starving and victim.seq > job.seq):
             yield victim
+
+
+def _stays(group: Group, victim: Job) -> bool:
+    """Whether a job that comes back must wait, as this one came too short a time ago.
+
+    The order may turn with every quantum. Newcomers and rows that grow may not be kept waiting for
+    that, but a job that was put aside gains less than both copies cost. It never waits for longer
+    than a job may starve.
+    """
+    served = victim.attained - victim.held_from
+    if served >= group.config.starvation_s:
+        return False
+    copies_s = group.outward.alone(group.to_store(victim)) + group.inward.alone(victim.booked)
+    # Each begins at the end of an iteration, and is seen to be over at the end of another one.
+    return served < _STAY * (copies_s + 4 * group.cost.decode_s)
 
 
 def upload_s(group: Group, job: Job) -> float:
@@ -105,7 +127,7 @@ def _recompute(draft: Draft, victim: Job, gainer: Job | None) -> bool:
         return False
     compute_s = group.cost.more(victim.host_tokens, tokens) * len(group.queue)
     blocks = group.to_store(victim)
-    copy_s = group.outward.seconds(blocks) + group.inward.fixed_s + blocks * group.inward.block_s
+    copy_s = group.outward.seconds(blocks) + group.inward.alone(blocks)
     if gainer is not None:
         copy_s += 2 * group.cost.decode_s  # see `upload_s`
     if compute_s >= copy_s:

@@ -27,6 +27,7 @@ class Job:
         "dropped_at",
         "drops",
         "handicap",
+        "held_from",
         "host_booked",
         "host_tokens",
         "key",
@@ -89,6 +90,7 @@ class Job:
         self.computed = 0  # tokens in device KV, as last reported
         self.cached = 0  # tokens of the prompt that were in the prefix cache when it first began
         self.host_tokens = 0  # committed tokens on the host
+        self.held_from = 0.0  # `attained` when its KV last came to the device
         self.drops = 0  # times it lost its KV cache to make room
         self.dropped_at = 0  # tokens that were computed when it last lost some
         self.peak = 0  # most tokens that were ever computed

@@ -29,6 +29,8 @@ _LARGEST_RESERVE = 0.25
 # So many that wait for a row, the next ones in line, are kept on the device: estimates say who is
 # next better than when, as answers end unannounced.
 _NEXT_IN_LINE = 2
+# Blocks that each row can grow by when a job comes back.
+_HEADROOM = 2
 
 
 def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
@@ -57,6 +59,14 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
     return coming
 
 
+def headroom(group: Group, job: Job, need: int) -> int:
+    """Blocks that must be free beside the `need` of a job that comes back: otherwise rows that grow
+    would soon put somebody aside again."""
+    if group.config.kv_strategy is not KvStrategy.PROACTIVE or not job.peak:
+        return 0
+    return min(_HEADROOM * group.running, group.info.device_blocks - need)
+
+
 def write_through(draft: Draft) -> None:
     """Copy full blocks of jobs that may have to leave, while nothing else leaves: the last to run
     first. They stay on the device; leaving is quicker then."""
@@ -83,7 +93,7 @@ def write_through(draft: Draft) -> None:
         if blocks < 1:
             break
         # As long as nothing is known of copies, one shows it.
-        budget_s -= link.fixed_s + blocks * link.block_s or budget_s
+        budget_s -= link.alone(blocks) or budget_s
         draft.copy_out(job, blocks)
         copies += 1
     if copies:

@@ -252,6 +252,7 @@ def _take_over(job: Job, migration: Migration) -> None:
     job.host_tokens, job.host_booked = migration.tokens, migration.host
     if migration.stage is Stage.THERE:
         job.kv, job.computed, job.booked = KvState.DEVICE, migration.tokens, migration.device
+        job.held_from = job.attained
         to.resident[job] = None
         to.renew[job] = None
     else:

@@ -166,6 +166,8 @@ def _has_room(draft: Draft, job: Job, need: int, now: float) -> bool:
     group = draft.group
     resident = job.booked > 0
     more = need - job.booked
+    if not resident:
+        more += kv_planner.headroom(group, job, need)
     if more > draft.spare(resident=resident):
         waited = now - job.wait_since
         starving = waited >= group.config.starvation_s or job is draft.unblocked
@@ -190,6 +192,7 @@ def _settle(group: Group, job: Job, now: float) -> None:
     if job.kv is KvState.NONE:
         group.newcomers.note(group.blocks(job.known_len), now)
     job.kv = KvState.DEVICE
+    job.held_from = job.attained
     group.resident[job] = None
 
 

@@ -233,6 +233,7 @@ class ReportReader:
         if done.status is KvStatus.OK:
             self._count(KvOpKind.UPLOAD, done.tokens, done)
             job.computed = done.tokens
+            job.held_from = job.attained
             group.set_kv(job, KvState.DEVICE)
             self._tell(job, EventKind.UPLOADED, now)
         elif done.status is KvStatus.LOST:

@@ -65,7 +65,11 @@ class Transfers:
 
     def seconds(self, blocks: float) -> float:
         """Until so many blocks more are over, those under way included."""
-        return self.fixed_s + (self.pending + blocks) * self.block_s
+        return self.alone(self.pending + blocks)
+
+    def alone(self, blocks: float) -> float:
+        """What a copy of so many blocks takes when nothing is ahead of it."""
+        return self.fixed_s + blocks * self.block_s
 
     def most(self, seconds: float) -> int:
         """Blocks of a copy that takes so long at most; 1 as long as nothing is known."""
