@@ -25,7 +25,12 @@ def victims_for(draft: Draft, job: Job, *, starving: bool) -> Iterator[Job]:
     """Who may have to leave for a job. There can be thousands, and few are needed: one by one."""
     group = draft.group
     any_victim = group.policy.preemptive or job.state is JobState.RUNNING
-    returns = group.config.kv_strategy is KvStrategy.PROACTIVE and not job.booked and job.peak > 0
+    returns = (
+        group.config.kv_strategy is KvStrategy.PROACTIVE
+        and not job.booked
+        and job.peak > 0
+        and not job.boosted
+    )
     place = draft.place(job)
     for victim in leavers(draft):
         if not any_victim and victim.state is JobState.RUNNING:
@@ -46,9 +51,13 @@ def _stays(group: Group, victim: Job) -> bool:
     served = victim.attained - victim.held_from
     if served >= group.config.starvation_s:
         return False
-    copies_s = group.outward.alone(group.to_store(victim)) + group.inward.alone(victim.booked)
-    # Each begins at the end of an iteration, and is seen to be over at the end of another one.
-    return served < _STAY * (copies_s + 4 * group.cost.decode_s)
+    return served < _STAY * copies_s(group, group.to_store(victim), victim.booked)
+
+
+def copies_s(group: Group, out: int, back: int) -> float:
+    """Seconds that a job cannot run for when so many blocks of it leave and come back."""
+    # Each copy begins at the end of an iteration, and is seen to be over at the end of another one.
+    return group.outward.alone(out) + group.inward.alone(back) + 4 * group.cost.decode_s
 
 
 def upload_s(group: Group, job: Job) -> float:

@@ -19,7 +19,14 @@ from __future__ import annotations
 import math
 
 from fastserve.scheduler.core.draft import Draft
-from fastserve.scheduler.core.eviction import MOST_DROPS, evict, idle_jobs, upload_s, victims_for
+from fastserve.scheduler.core.eviction import (
+    MOST_DROPS,
+    copies_s,
+    evict,
+    idle_jobs,
+    upload_s,
+    victims_for,
+)
 from fastserve.scheduler.core.group import Group
 from fastserve.scheduler.core.job import Job
 from fastserve.scheduler.core.types import KvOpKind, KvState, KvStrategy
@@ -29,8 +36,6 @@ _LARGEST_RESERVE = 0.25
 # So many that wait for a row, the next ones in line, are kept on the device: estimates say who is
 # next better than when, as answers end unannounced.
 _NEXT_IN_LINE = 2
-# Blocks that each row can grow by when a job comes back.
-_HEADROOM = 2
 
 
 def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
@@ -60,11 +65,13 @@ def make_room(draft: Draft, job: Job, need: int, *, starving: bool) -> int:
 
 
 def headroom(group: Group, job: Job, need: int) -> int:
-    """Blocks that must be free beside the `need` of a job that comes back: otherwise rows that grow
-    would soon put somebody aside again."""
+    """Blocks that must be free beside the `need` of a job that comes back: those by which rows grow
+    in the time that it takes to come and go. Otherwise somebody would soon be put aside again."""
     if group.config.kv_strategy is not KvStrategy.PROACTIVE or not job.peak:
         return 0
-    return min(_HEADROOM * group.running, group.info.device_blocks - need)
+    iterations = copies_s(group, need, need) / group.cost.decode_s
+    growth = group.running * iterations / group.info.block_size
+    return min(int(growth), group.info.device_blocks - need)
 
 
 def write_through(draft: Draft) -> None:
