@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 
 #include "product.h"
 
@@ -42,32 +43,39 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead)
     const uint16_t* scales = w.scale + vectors * w.groups;
     const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
     const int fetches = (ahead.vectors + x.groups - 1) / x.groups;  // while a group is computed
-    f32x16 total[MR][NB] = {};
+    f32x16 total[MR][NB];
+    UNROLLED for (int i = 0; i < MR; i++) {
+        UNROLLED for (int j = 0; j < NB; j++) total[i][j] = f32x16{};
+    }
     for (int group = 0; group < x.groups; group++, inputs += PITCH) {
         for (int i = 0; i < fetches; i++, ahead.from += LANES) __builtin_prefetch(ahead.from, 0, 2);
         const int first = group * GROUP;
         typename T::Acc acc[MR][NB];
         const int32_t* at[NB];
-        for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
-        for (int i = 0; i < MR; i++) {
-            for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(inputs + i * x.words);
+        UNROLLED for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
+        UNROLLED for (int i = 0; i < MR; i++) {
+            UNROLLED for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(inputs + i * x.words);
         }
         accumulate<T, NB>(acc, inputs, x.words, at, std::min(GROUP, w.words - first));
+        f32x16 scale[NB];
         if constexpr (INT8) {
-            f32x16 scale[NB];
-            for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (group * NB + j) * LANES);
-            for (int i = 0; i < MR; i++) {
-                const f32x16 s = splat(std::bit_cast<float>(inputs[i * x.words + Rows::SCALE]));
-                for (int j = 0; j < NB; j++) total[i][j] += to_float(acc[i][j]) * scale[j] * s;
+            UNROLLED for (int j = 0; j < NB; j++) {
+                scale[j] = load_bf16(scales + (group * NB + j) * LANES);
             }
-        } else {
-            for (int i = 0; i < MR; i++) {
-                for (int j = 0; j < NB; j++) total[i][j] += acc[i][j];
+        }
+        UNROLLED for (int i = 0; i < MR; i++) {
+            UNROLLED for (int j = 0; j < NB; j++) {
+                if constexpr (INT8) {
+                    const auto s = std::bit_cast<float>(inputs[i * x.words + Rows::SCALE]);
+                    total[i][j] += to_float(acc[i][j]) * scale[j] * s;
+                } else {
+                    total[i][j] += acc[i][j];
+                }
             }
         }
     }
     if (!claim()) return;
-    for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
+    UNROLLED for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
 }
 
 using Tile = void (*)(const Product&, int row, int strip, Pool::Claim&, Ahead);
@@ -108,6 +116,42 @@ void block(const Product& product, int row, int end, int strip, int panels) {
 void block_int8(const Product& product, int row, int end, int strip, int panels) {
     const bool tiles = AMX && end - row >= MIN_INT8_TILE_ROWS;
     (tiles ? block_amx_int8 : block<Int8>)(product, row, end, strip, panels);
+}
+
+constexpr int GROUP = group_words(Dtype::INT8) * Int8::STEP;
+static_assert(GROUP == 2 * LANES);
+
+// N groups of a row become int8, step by step together (see exp).
+template <int N>
+ALWAYS_INLINE void quantise(const float* x, int32_t* out) {
+    constexpr auto INFINITE = std::bit_cast<int32_t>(std::numeric_limits<float>::infinity());
+    i32x16 numbers[N][2];
+    int32_t highest[N];
+    float inverse[N];
+    UNROLLED for (int i = 0; i < N; i++) {
+        // As whole numbers, so that what is not finite is the largest.
+        const i32x16 a = (i32x16)load(x + i * GROUP) & INT32_MAX;
+        const i32x16 b = (i32x16)load(x + i * GROUP + LANES) & INT32_MAX;
+        highest[i] = largest(a > b ? a : b);
+    }
+    UNROLLED for (int i = 0; i < N; i++) {
+        const auto most = std::bit_cast<float>(highest[i]);
+        inverse[i] = most > 0.0f ? 127.0f / most : 0.0f;
+        // What is not finite has to stay so: the engine fails such a job.
+        const float scale = highest[i] < INFINITE ? most / 127.0f : std::nanf("");
+        out[i * Rows::INT8_PITCH + Rows::SCALE] = std::bit_cast<int32_t>(scale);
+    }
+    UNROLLED for (int i = 0; i < N; i++) {
+        UNROLLED for (int half = 0; half < 2; half++) {
+            const f32x16 scaled = round(load(x + i * GROUP + half * LANES) * inverse[i]);
+            numbers[i][half] = __builtin_convertvector(scaled, i32x16);
+            const i8x16 bytes = __builtin_convertvector(numbers[i][half], i8x16);
+            memcpy(out + i * Rows::INT8_PITCH + half * LANES / 4, &bytes, sizeof bytes);
+        }
+    }
+    UNROLLED for (int i = 0; i < N; i++) {
+        out[i * Rows::INT8_PITCH + Rows::CORRECTION] = -128 * sum(numbers[i][0] + numbers[i][1]);
+    }
 }
 
 }  // namespace
@@ -163,28 +207,13 @@ void Rows::put(int row, const float* x) {
         }
         return;
     }
-    constexpr int GROUP = group_words(Dtype::INT8) * Int8::STEP;
-    for (int group = 0; group < groups; group++, out += INT8_PITCH) {
-        auto* bytes = reinterpret_cast<int8_t*>(out);
-        const int first = group * GROUP, end = std::min(first + GROUP, padded(size));
-        f32x16 most{}, spoilt{};
-        for (int i = first; i < end; i += LANES) {
-            const f32x16 v = load(x + i);
-            most = max(most, max(v, -v));
-            spoilt += v - v;  // 0, but NaN where v is not finite
-        }
-        const float highest = largest(most);
-        const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
-        i32x16 total{};
-        for (int i = first; i < end; i += LANES) {
-            const i32x16 number = __builtin_convertvector(round(load(x + i) * inverse), i32x16);
-            total += number;
-            const i8x16 narrow = __builtin_convertvector(number, i8x16);
-            memcpy(bytes + i - first, &narrow, sizeof narrow);
-        }
-        // What is not finite has to stay so: the engine fails such a job.
-        out[SCALE] = std::bit_cast<int32_t>(highest / 127.0f + sum(spoilt));
-        out[CORRECTION] = -128 * sum(total);
+    int group = 0;
+    for (; (group + 4) * GROUP <= padded(size); group += 4) quantise<4>(x + group * GROUP, out + group * INT8_PITCH);
+    for (; (group + 1) * GROUP <= padded(size); group++) quantise<1>(x + group * GROUP, out + group * INT8_PITCH);
+    if (group < groups) {
+        alignas(64) float last[GROUP] = {};
+        store(last, load(x + group * GROUP));
+        quantise<1>(last, out + group * INT8_PITCH);
     }
 }
 
