@@ -132,16 +132,17 @@ void dispatch(const KvPages& kv, int layer, const AttentionTask& task, const int
     }
 }
 
-template <class Number>
-void put_in_tile(Number* keys, Number* values, int token, const Number* k, const Number* v, int dim,
-                 int step, bool last) {
+// Numbers of one token, in the format T, into tiles from `keys` and `values` on.
+template <class T, class Number>
+ALWAYS_INLINE void put_in_tiles(int32_t* keys, int32_t* values, int token, const Number* k,
+                                const Number* v, int dim, bool last) {
+    constexpr int STEP = T::STEP;
+    for (int d = 0; d < dim; d += STEP) memcpy(keys + d / STEP * LANES + token, k + d, 4);
+    auto* numbers = reinterpret_cast<Number*>(values);
     for (int d = 0; d < dim; d++) {
-        keys[(d / step * LANES + token) * step + d % step] = k[d];
-        const int word = (d / LANES * (LANES / step) + token / step) * LANES + d % LANES;
-        values[word * step + token % step] = v[d];
-        if (last) {
-            for (int part = token % step + 1; part < step; part++) values[word * step + part] = 0;
-        }
+        Number* word = numbers + ((d / LANES * (LANES / STEP) + token / STEP) * LANES + d % LANES) * STEP;
+        word[token % STEP] = v[d];
+        if (last && token % STEP + 1 < STEP) word[STEP - 1] = 0;
     }
 }
 
@@ -152,20 +153,13 @@ void KvPages::put(const int32_t* table, int layer, int head, int position, const
     int32_t* keys = tile(table, layer, false, head, position / LANES);
     int32_t* values = tile(table, layer, true, head, position / LANES);
     const int token = position % LANES;
-    if (dtype == Dtype::F32) {
-        put_in_tile(reinterpret_cast<float*>(keys), reinterpret_cast<float*>(values), token, k, v,
-                    dim, F32::STEP, last);
-        return;
-    }
-    uint16_t rounded[2][LANES];
+    if (dtype == Dtype::F32) return put_in_tiles<F32>(keys, values, token, k, v, dim, last);
     for (int d = 0; d < dim; d += LANES) {  // 16 dimensions are whole words of K, a panel of V
-        for (int i = 0; i < LANES; i++) {
-            rounded[0][i] = to_bf16(k[d + i]);
-            rounded[1][i] = to_bf16(v[d + i]);
-        }
-        put_in_tile(reinterpret_cast<uint16_t*>(keys) + d * LANES,
-                    reinterpret_cast<uint16_t*>(values) + d * LANES, token, rounded[0], rounded[1],
-                    LANES, Bf16::STEP, last);
+        const u16x16 rounded[] = {to_bf16(load(k + d)), to_bf16(load(v + d))};
+        uint16_t halves[2][LANES];
+        memcpy(halves, rounded, sizeof halves);
+        const int from = d * LANES / Bf16::STEP;
+        put_in_tiles<Bf16>(keys + from, values + from, token, halves[0], halves[1], LANES, last);
     }
 }
 

@@ -49,6 +49,9 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead)
     }
     for (int group = 0; group < x.groups; group++, inputs += PITCH) {
         for (int i = 0; i < fetches; i++, ahead.from += LANES) __builtin_prefetch(ahead.from, 0, 2);
+        if (INT8 && fetches > 0) {  // the scales of the next strip, too
+            __builtin_prefetch(scales + (x.groups + group) * NB * LANES, 0, 2);
+        }
         const int first = group * GROUP;
         typename T::Acc acc[MR][NB];
         const int32_t* at[NB];
