@@ -163,6 +163,16 @@ void KvPages::put(const int32_t* table, int layer, int head, int position, const
     }
 }
 
+void KvPages::fetch(const int32_t* table, int layer, int head, int position) const {
+    const int32_t* keys = tile(table, layer, false, head, position / LANES);
+    const int step = step_of(dtype), word = position % LANES / step;
+    for (int i = 0; i < dim / step; i++) __builtin_prefetch(keys + i * LANES, 1, 2);
+    const int32_t* values = keys + to_values() + word * LANES;
+    for (int i = 0; i < dim / LANES; i++) {
+        __builtin_prefetch(values + i * LANES * LANES / step, 1, 2);
+    }
+}
+
 int max_queries(Dtype kv, int dim) { return can_attend_amx(kv, dim) ? TILE_ROWS : MAX_QUERIES; }
 
 size_t attention_scratch(const AttentionTask& task, int dim) {

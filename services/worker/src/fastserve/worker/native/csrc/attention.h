@@ -36,6 +36,9 @@ struct KvPages {
     // Writes k and v [dim] of one head at a position. last: no later position is written yet.
     void put(const int32_t* table, int layer, int head, int position, const float* k,
              const float* v, bool last) const;
+
+    // Fetches the lines that `put` writes, each of which lies apart, into the second-level cache.
+    void fetch(const int32_t* table, int layer, int head, int position) const;
 };
 
 // Queries that share their keys: `tokens` successive tokens of a row, with `heads` of the query

@@ -39,6 +39,15 @@ typedef f32x16 f32x16_any __attribute__((aligned(4)));  // at any address
 
 ALWAYS_INLINE f32x16 load(const float* p) { return *reinterpret_cast<const f32x16_any*>(p); }
 ALWAYS_INLINE void store(float* p, f32x16 v) { *reinterpret_cast<f32x16_any*>(p) = v; }
+// Past the caches; p is aligned to 64 bytes. What ends a task of the pool, an atomic instruction, makes
+// it visible to others.
+ALWAYS_INLINE void store_far(float* p, f32x16 v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#else
+    store(p, v);
+#endif
+}
 // (Written out, since 0 + x is an addition for floats: of -0 it makes 0.)
 ALWAYS_INLINE f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 ALWAYS_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
