@@ -188,3 +188,33 @@ def test_several_workers_repeat_exactly() -> None:
     first, second = overload((1.0, 0.7, 1.0)), overload((1.0, 0.7, 1.0))
     assert list(first.end_s) == list(second.end_s)
     assert first.migrations == second.migrations
+
+
+def test_in_a_full_device_jobs_stay_instead_of_taking_turns() -> None:
+    """As many rows as jobs fit, copies that take longer than an iteration: what the order gains by
+    turning with every quantum, the copies would cost."""
+    hardware = Hardware(
+        "cpu",
+        (0.0085, 0.0006, 0.0),
+        (0.0085, 1.2e-6, 0.00075),
+        (0.0085, 0.0006, 0.0),
+        99,
+        None,
+        23040,
+    )
+    jobs = generate("sharegpt", 150, 14, Arrivals(), 1.5)
+    found = {}
+    for strategy in KvStrategy:
+        options = SimOptions(
+            "fastserve", hardware, max_num_seqs=8, kv_tokens=3520, host_kv_tokens=40_000,
+            kv_strategy=strategy, pcie_gbps=2, copy_ms=13,
+        )  # fmt: skip
+        found[strategy] = simulate(jobs, options)
+    latency = {
+        name: float(np.mean((result.end_s - result.arrival_s) / result.output_tokens))
+        for name, result in found.items()
+    }
+    assert min(latency, key=lambda name: latency[name]) is KvStrategy.PROACTIVE
+    proactive, reactive = found[KvStrategy.PROACTIVE], found[KvStrategy.REACTIVE]
+    assert proactive.uploaded_tokens < 0.75 * reactive.uploaded_tokens
+    assert proactive.kv_wait_s < 0.5 * reactive.kv_wait_s
