@@ -3,14 +3,21 @@
 The event loop owns gRPC and the copies, the engine thread owns the engine. They meet in one inbox
 of callables that the engine thread runs between iterations, so a newer plan takes effect at the
 next boundary. With nothing to run the thread blocks on the inbox.
+
+Reports go the other way. A loop that is woken while the engine thread holds the interpreter lock
+can do no more than wait for it, and then has to be woken again. So a report waits until the thread
+blocks or the next iteration computes, where the kernels wake the loop (`bell`): they begin without
+the lock.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,6 +53,8 @@ class EngineThread:
         self._report: Report = lambda _: None
         self._report_end: ReportEnd = lambda _: None
         self._iterating = False
+        self._reports: deque[Iteration] = deque()  # that the loop has not seen yet
+        self._bell: int | None = None
         self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.failure: asyncio.Future[None] = loop.create_future()  # the bug that ended the thread
@@ -60,6 +69,20 @@ class EngineThread:
         self._thread = threading.Thread(target=self._guarded, args=(engine,), name="engine")
         self._thread.start()
 
+    def bell(self) -> int:
+        """An eventfd for a model that writes to it when it begins to compute an iteration.
+
+        Call it before `start`, and only for such a model. `stop` closes it.
+        """
+        self._bell = bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+        def rung() -> None:
+            os.eventfd_read(bell)
+            self._deliver()
+
+        self._loop.add_reader(bell, rung)
+        return bell
+
     def post(self, action: Callable[[Engine], None]) -> None:
         """Run `action(engine)` on the engine thread at the next iteration boundary."""
         self._inbox.put(action)
@@ -69,6 +92,7 @@ class EngineThread:
         early = copy.result(status, copied) if self._iterating and copy.result else None
         self.post(lambda _: copy.run(status, copied))
         if early is not None:
+            self._deliver()  # those before it come first
             self._report_end(early)
 
     async def ask(self, question: Callable[[Engine], Any]) -> Any:
@@ -76,7 +100,9 @@ class EngineThread:
         answer: asyncio.Future[Any] = self._loop.create_future()
 
         def run(engine: Engine) -> None:
-            self._loop.call_soon_threadsafe(_resolve, answer, question(engine))
+            told = question(engine)
+            self._wake()  # what was before the question is heard before the answer
+            self._loop.call_soon_threadsafe(_resolve, answer, told)
 
         self.post(run)
         return await answer
@@ -86,12 +112,18 @@ class EngineThread:
         self._inbox.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        self._deliver()
+        if self._bell is not None:
+            self._loop.remove_reader(self._bell)
+            os.close(self._bell)
+            self._bell = None
 
     def _guarded(self, engine: Engine) -> None:
         try:
             self._run(engine)
         except Exception as bug:
             log.exception("the engine thread failed")
+            self._wake()
             self._loop.call_soon_threadsafe(self.failure.set_exception, bug)
 
     def _run(self, engine: Engine) -> None:
@@ -105,6 +137,8 @@ class EngineThread:
                 if acted:
                     self._emit_ended(engine)
                     acted = False
+                if self._bell is None:  # else the iteration does it
+                    self._wake()
                 began = time.perf_counter()
                 self._iterating = True
                 iteration = engine.step()
@@ -112,8 +146,10 @@ class EngineThread:
                 if left_at is not None:
                     iteration.control_seconds = began - left_at
                 left_at = time.perf_counter() if engine.has_rows else None
-                self._emit(iteration)
+                self._reports.append(iteration)
                 continue
+            if self._inbox.empty():  # it may be long until the next iteration
+                self._wake()
             action = self._inbox.get()
             if action is None:
                 return
@@ -127,10 +163,16 @@ class EngineThread:
     def _emit_ended(self, engine: Engine) -> None:
         ended = engine.ended_report()
         if ended is not None:
-            self._emit(ended)
+            self._reports.append(ended)
 
-    def _emit(self, iteration: Iteration) -> None:
-        self._loop.call_soon_threadsafe(self._report, iteration)
+    def _wake(self) -> None:
+        if self._reports:
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        """Called on the event loop."""
+        while self._reports:
+            self._report(self._reports.popleft())
 
 
 def _resolve(answer: asyncio.Future[Any], value: Any) -> None:
