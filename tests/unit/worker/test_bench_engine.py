@@ -36,7 +36,7 @@ def test_of_experts_those_count_that_are_chosen(tmp_path: Path) -> None:
     expert = 3 * 64 * 112
     assert sum(parameters(config)) - sum(parameters(config, 2)) == 6 * expert
     way = choose(config, device="cpu", cpu_kernels="torch", threads=1)
-    slow = Limits(read=4.0, operations=1e30)  # a weight per second
+    slow = Limits(read=4.0, operations=1e30, attention=1e30)  # a weight per second
 
     def seconds(rows: int) -> float:
         return limit_of(config, way, slow, rows=rows, tokens=1, context=1)[0]
@@ -50,7 +50,7 @@ def test_of_experts_those_count_that_are_chosen(tmp_path: Path) -> None:
 def test_the_limit_is_memory_for_one_row_and_arithmetic_for_a_prefill(folder: Path) -> None:
     config = ModelConfig.from_folder(folder)
     way = choose(config, device="cpu", cpu_kernels="torch", threads=1)
-    limits = Limits(read=1e9, operations=1e10)
+    limits = Limits(read=1e9, operations=2e10, attention=1e10)
     seconds, bound = limit_of(config, way, limits, rows=1, tokens=1, context=10)
     kv = 10 * 2 * 2 * 16  # tokens, K and V, heads, dimensions
     assert bound == "memory"
@@ -59,14 +59,15 @@ def test_the_limit_is_memory_for_one_row_and_arithmetic_for_a_prefill(folder: Pa
     layers, head = parameters(config)
     pairs = 100 * 101 / 2
     assert bound == "arithmetic"
-    assert seconds == pytest.approx((2 * (layers * 100 + head) + 4 * pairs * 4 * 16) / 1e10)
+    products = 2 * (layers * 100 + head)
+    assert seconds == pytest.approx(products / 2e10 + 4 * pairs * 4 * 16 / 1e10)
 
 
 def test_a_table_of_every_step_that_fits(folder: Path) -> None:
     config = ModelConfig.from_folder(folder)
     way = choose(config, device="cpu", dtype="float32", threads=1)
     before = torch.get_num_threads()
-    found = run(load(folder, way), way, Limits(1e10, 1e11), seconds=0)
+    found = run(load(folder, way), way, Limits(1e10, 1e11, 1e11), seconds=0)
     torch.set_num_threads(before)
     kinds = [(one.kind, one.rows, one.context) for one in found]
     assert kinds == [*(("decode", rows, 256) for rows in (1, 8, 32, 64)), ("prefill", 1, 128)]

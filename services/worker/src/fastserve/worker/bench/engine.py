@@ -3,7 +3,8 @@
 A step is one call of the model: attention over contexts of the given length and logits for every
 row, without sampling and without a scheduler. Beside it stands its limit: the larger of the bytes
 that it must read over the speed of memory, and its operations over the speed of matrix products in
-the same number format. Both speeds are measured in the same run.
+the same number format, which for attention is that of the KV cache. All speeds are measured in the
+same run.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def limit_of(
     read_layers, _ = parameters(config, together)
     pairs = rows * sum(range(context - tokens + 1, context + 1))  # of a query and a key
     attention = 4 * pairs * config.num_layers * config.num_heads * config.head_dim
-    operations = 2 * (layers * rows * tokens + head * rows) + attention
+    products = 2 * (layers * rows * tokens + head * rows)
     kv = 2 * config.num_kv_heads * config.head_dim * config.num_layers * way.dtype.itemsize
     read = (read_layers + head) * weight_bytes(way) + rows * context * kv
-    memory, arithmetic = read / limits.read, operations / limits.operations
+    memory = read / limits.read
+    arithmetic = products / limits.operations + attention / limits.attention
     return max((memory, "memory"), (arithmetic, "arithmetic"))
 
 
@@ -182,8 +184,9 @@ def main() -> int:
     except StartupError as error:
         print(error, file=sys.stderr)
         return 2
-    numbers = "int8" if way.int8 else str(way.dtype).removeprefix("torch.")
-    limits = measure_limits(numbers, arguments.seconds, clock)
+    kv = str(way.dtype).removeprefix("torch.")
+    numbers = "int8" if way.int8 else kv
+    limits = measure_limits(numbers, kv, arguments.seconds, clock)
     found = run(model, way, limits, arguments.seconds, clock)
     if arguments.json:
         rows = [
@@ -195,7 +198,7 @@ def main() -> int:
     print(f"{folder.name}: {way.description}")
     print(
         f"limits: memory {limits.read / 1e9:.1f} GB/s, {numbers} products "
-        f"{limits.operations / 1e9:.0f} Gop/s"
+        f"{limits.operations / 1e9:.0f} Gop/s, attention in {kv} {limits.attention / 1e9:.0f} Gop/s"
     )
     print(table(found))
     return 0

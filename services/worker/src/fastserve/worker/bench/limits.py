@@ -19,23 +19,30 @@ Clock = Callable[[], float]
 @dataclass(frozen=True, slots=True)
 class Limits:
     """read: bytes per second from memory. operations: multiplications and additions per second in
-    a product of two matrices of 2048 x 2048."""
+    a product of two matrices of 2048 x 2048, in the format of the weights; attention: the same in
+    the format of the KV cache."""
 
     read: float
     operations: float
+    attention: float
 
 
-def measure_limits(numbers: str, seconds: float, clock: Clock = time.perf_counter) -> Limits:
-    """numbers: "float32", "bfloat16" or "int8". The best of what fits in `seconds`, at least 3."""
+def measure_limits(
+    weights: str, kv: str, seconds: float, clock: Clock = time.perf_counter
+) -> Limits:
+    """weights, kv: "float32", "bfloat16" or (weights only) "int8". The best of what fits in
+    `seconds`, at least 3."""
     data = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
     read = _READ_BYTES / best(data.sum, seconds / 2, clock)
-    if numbers == "int8":
-        whole = torch.ones(_SIDE, _SIDE, dtype=torch.int8)
-        spent = best(lambda: torch._int_mm(whole, whole), seconds / 2, clock)
-    else:
-        real = torch.ones(_SIDE, _SIDE, dtype=getattr(torch, numbers))
-        spent = best(lambda: real @ real, seconds / 2, clock)
-    return Limits(read, 2 * _SIDE**3 / spent)
+    operations = _operations(weights, seconds / 2, clock)
+    attention = operations if kv == weights else _operations(kv, seconds / 2, clock)
+    return Limits(read, operations, attention)
+
+
+def _operations(numbers: str, seconds: float, clock: Clock) -> float:
+    ones = torch.ones(_SIDE, _SIDE, dtype=getattr(torch, numbers))
+    product = torch._int_mm if numbers == "int8" else torch.mm
+    return 2 * _SIDE**3 / best(lambda: product(ones, ones), seconds, clock)
 
 
 def best(action: Callable[[], object], seconds: float, clock: Clock = time.perf_counter) -> float:

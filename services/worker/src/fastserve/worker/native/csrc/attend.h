@@ -15,7 +15,7 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // Pages lie far apart, which the hardware does not foresee: one tile is fetched while another is used.
 ALWAYS_INLINE void fetch(const int32_t* from, int words) {
-    for (int i = 0; i < words; i += LANES) __builtin_prefetch(from + i);
+    UNROLLED for (int i = 0; i < words; i += LANES) __builtin_prefetch(from + i);
 }
 
 // The keys that a task looks at, in tiles.
@@ -40,23 +40,27 @@ ALWAYS_INLINE f32x16 scored(f32x16 products, float scale, int key, int position,
     return keys > oldest ? found : splat(NEVER);
 }
 
-// Turns the scores of a query over `count` keys into weights in the format T, as words along the
-// tokens, in place; returns their sum. best: the largest score.
-template <class T>
-ALWAYS_INLINE float weights(float* score, size_t count, float best) {
-    auto* halves = reinterpret_cast<uint16_t*>(score);
-    f32x16 total{};
+// Turns the scores of N queries, `row` floats apart, over `count` keys into weights in the format T,
+// as words along the tokens, in place. best: the largest score of each; becomes the sum of weights.
+template <class T, int N>
+ALWAYS_INLINE void weights(float* score, size_t row, size_t count, float (&best)[N]) {
+    f32x16 total[N];
+    UNROLLED for (int i = 0; i < N; i++) total[i] = f32x16{};
     for (size_t t = 0; t < count; t += LANES) {
-        const f32x16 weight = exp(load(score + t) - best);
-        total += weight;
-        if constexpr (T::STEP == 1) {
-            store(score + t, weight);
-        } else {  // half as wide, so never ahead of what is still to be read
-            const u16x16 rounded = to_bf16(weight);
-            memcpy(halves + t, &rounded, sizeof rounded);
+        f32x16 weight[N];
+        UNROLLED for (int i = 0; i < N; i++) weight[i] = load(score + i * row + t) - best[i];
+        exp(weight);
+        UNROLLED for (int i = 0; i < N; i++) {
+            total[i] += weight[i];
+            if constexpr (T::STEP == 1) {
+                store(score + i * row + t, weight[i]);
+            } else {  // half as wide, so never ahead of what is still to be read
+                const u16x16 rounded = to_bf16(weight[i]);
+                memcpy(reinterpret_cast<uint16_t*>(score + i * row) + t, &rounded, sizeof rounded);
+            }
         }
     }
-    return sum(total);
+    UNROLLED for (int i = 0; i < N; i++) best[i] = sum(total[i]);
 }
 
 // As `attend`, in bf16 with AMX, where can_attend_amx says so.

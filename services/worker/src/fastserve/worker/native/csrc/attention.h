@@ -28,9 +28,17 @@ struct KvPages {
                (page * per_page + index % per_page) * (LANES * dim / step_of(dtype));
     }
 
+    // Words from a tile of keys to that of the same tokens' values.
+    size_t to_values() const {
+        return static_cast<size_t>(kv_heads) * block_size * dim / step_of(dtype);
+    }
+
     // Writes k and v [dim] of one head at a position. last: no later position is written yet.
     void put(const int32_t* table, int layer, int head, int position, const float* k,
              const float* v, bool last) const;
+
+    // Fetches the lines that `put` writes, each of which lies apart, into the second-level cache.
+    void fetch(const int32_t* table, int layer, int head, int position) const;
 };
 
 // Queries that share their keys: `tokens` successive tokens of a row, with `heads` of the query

@@ -44,7 +44,9 @@ struct Attend {
         float inverse[TILE_ROWS];
         for (int i = 0; i < count; i++) {
             const size_t keys = static_cast<size_t>(span.count) * LANES;
-            inverse[i] = 1.0f / weights<Bf16>(score + i * row, keys, largest(best[i]));
+            float sum[1] = {largest(best[i])};
+            weights<Bf16>(score + i * row, row, keys, sum);
+            inverse[i] = 1.0f / sum[0];
         }
         // Of the last tile only the words that hold tokens: behind them may stand anything.
         const int left = task.position + task.tokens - (span.first + span.count - 1) * LANES;

@@ -42,32 +42,42 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead)
     const uint16_t* scales = w.scale + vectors * w.groups;
     const int32_t* inputs = x.data.get() + static_cast<size_t>(row) * x.words;
     const int fetches = (ahead.vectors + x.groups - 1) / x.groups;  // while a group is computed
-    f32x16 total[MR][NB] = {};
+    f32x16 total[MR][NB];
+    UNROLLED for (int i = 0; i < MR; i++) {
+        UNROLLED for (int j = 0; j < NB; j++) total[i][j] = f32x16{};
+    }
     for (int group = 0; group < x.groups; group++, inputs += PITCH) {
         for (int i = 0; i < fetches; i++, ahead.from += LANES) __builtin_prefetch(ahead.from, 0, 2);
+        if (INT8 && fetches > 0) {  // the scales of the next strip, too
+            __builtin_prefetch(scales + (x.groups + group) * NB * LANES, 0, 2);
+        }
         const int first = group * GROUP;
         typename T::Acc acc[MR][NB];
         const int32_t* at[NB];
-        for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
-        for (int i = 0; i < MR; i++) {
-            for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(inputs + i * x.words);
+        UNROLLED for (int j = 0; j < NB; j++) at[j] = weights + (first * NB + j) * LANES;
+        UNROLLED for (int i = 0; i < MR; i++) {
+            UNROLLED for (int j = 0; j < NB; j++) acc[i][j] = fresh<T>(inputs + i * x.words);
         }
         accumulate<T, NB>(acc, inputs, x.words, at, std::min(GROUP, w.words - first));
+        f32x16 scale[NB];
         if constexpr (INT8) {
-            f32x16 scale[NB];
-            for (int j = 0; j < NB; j++) scale[j] = load_bf16(scales + (group * NB + j) * LANES);
-            for (int i = 0; i < MR; i++) {
-                const f32x16 s = splat(std::bit_cast<float>(inputs[i * x.words + Rows::SCALE]));
-                for (int j = 0; j < NB; j++) total[i][j] += to_float(acc[i][j]) * scale[j] * s;
+            UNROLLED for (int j = 0; j < NB; j++) {
+                scale[j] = load_bf16(scales + (group * NB + j) * LANES);
             }
-        } else {
-            for (int i = 0; i < MR; i++) {
-                for (int j = 0; j < NB; j++) total[i][j] += acc[i][j];
+        }
+        UNROLLED for (int i = 0; i < MR; i++) {
+            UNROLLED for (int j = 0; j < NB; j++) {
+                if constexpr (INT8) {
+                    const auto s = std::bit_cast<float>(inputs[i * x.words + Rows::SCALE]);
+                    total[i][j] += to_float(acc[i][j]) * scale[j] * s;
+                } else {
+                    total[i][j] += acc[i][j];
+                }
             }
         }
     }
     if (!claim()) return;
-    for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
+    UNROLLED for (int i = 0; i < MR; i++) finish<NB>(p, row + i, panel, total[i]);
 }
 
 using Tile = void (*)(const Product&, int row, int strip, Pool::Claim&, Ahead);
@@ -135,57 +145,6 @@ void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind,
         run(product, first, std::min(rows, first + ROW_BLOCK), strip,
             std::min(w.width, w.panels - strip * w.width));
     });
-}
-
-void Rows::shape(Dtype new_dtype, int new_size, int new_rows) {
-    dtype = new_dtype;
-    size = new_size;
-    rows = new_rows;
-    words = words_of(dtype, size);
-    groups = (words + group_words(dtype) - 1) / group_words(dtype);
-    if (dtype == Dtype::INT8) words = groups * INT8_PITCH;
-    data.reserve(static_cast<size_t>(rows) * words);
-}
-
-void Rows::put(int row, const float* x) {
-    int32_t* out = data.get() + static_cast<size_t>(row) * words;
-    if (dtype == Dtype::F32) {
-        for (int i = 0; i < padded(size); i += LANES) {
-            store(reinterpret_cast<float*>(out) + i, load(x + i));
-        }
-        return;
-    }
-    if (dtype == Dtype::BF16) {
-        auto* halves = reinterpret_cast<uint16_t*>(out);
-        for (int i = 0; i < padded(size); i += LANES) {
-            const u16x16 rounded = to_bf16(load(x + i));
-            memcpy(halves + i, &rounded, sizeof rounded);
-        }
-        return;
-    }
-    constexpr int GROUP = group_words(Dtype::INT8) * Int8::STEP;
-    for (int group = 0; group < groups; group++, out += INT8_PITCH) {
-        auto* bytes = reinterpret_cast<int8_t*>(out);
-        const int first = group * GROUP, end = std::min(first + GROUP, padded(size));
-        f32x16 most{}, spoilt{};
-        for (int i = first; i < end; i += LANES) {
-            const f32x16 v = load(x + i);
-            most = max(most, max(v, -v));
-            spoilt += v - v;  // 0, but NaN where v is not finite
-        }
-        const float highest = largest(most);
-        const float inverse = highest > 0.0f ? 127.0f / highest : 0.0f;
-        i32x16 total{};
-        for (int i = first; i < end; i += LANES) {
-            const i32x16 number = __builtin_convertvector(round(load(x + i) * inverse), i32x16);
-            total += number;
-            const i8x16 narrow = __builtin_convertvector(number, i8x16);
-            memcpy(bytes + i - first, &narrow, sizeof narrow);
-        }
-        // What is not finite has to stay so: the engine fails such a job.
-        out[SCALE] = std::bit_cast<int32_t>(highest / 127.0f + sum(spoilt));
-        out[CORRECTION] = -128 * sum(total);
-    }
 }
 
 void Linear::pack(Arena& arena, Dtype new_dtype, int new_outputs, int new_inputs,

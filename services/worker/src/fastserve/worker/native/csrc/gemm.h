@@ -83,6 +83,7 @@ struct Linear {
 
 enum class Output {
     STORE,   // out = y
+    FAR,     // out = y, past the caches; aligned to 64 bytes
     ADD,     // out += y
     SWIGLU,  // out = silu(gate) * up, for weights packed in halves
 };

@@ -7,6 +7,8 @@ namespace fastserve {
 
 namespace {
 
+constexpr int MANY_ROWS = 8;
+
 // out = x / rms(x) * weight, all of them [padded(size)].
 void rms_norm(const float* x, const float* weight, int size, float epsilon, float* out) {
     f32x16 squares{};
@@ -78,7 +80,10 @@ void Model::forward(const Batch& batch) {
     if (batch.logit_rows == 0) return;
     each_row(batch.logit_rows,
              [&](int i, int thread) { normalise(wanted_[i], final_norm_.get(), i, thread); });
-    multiply(pool_, hidden_words_, batch.logit_rows, head_, Output::STORE, batch.logits,
+    // Few rows of logits are read from the cache next; many would push out what the product reads.
+    const bool aligned = reinterpret_cast<uintptr_t>(batch.logits) % 64 == 0;
+    const Output kind = aligned && batch.logit_rows > MANY_ROWS ? Output::FAR : Output::STORE;
+    multiply(pool_, hidden_words_, batch.logit_rows, head_, kind, batch.logits,
              batch.logits_stride);
 }
 
@@ -162,6 +167,10 @@ void Model::each_row(int rows, const Task& task) {
 void Model::layer(int index, int tokens, const KvPages& kv) {
     const Layer& layer = layers_[index];
     each_row(tokens, [&](int token, int thread) {
+        const Token& where = tokens_[token];
+        for (int head = 0; where.last && head < shape_.kv_heads; head++) {
+            kv.fetch(where.table, index, head, where.position);  // see rotate
+        }
         normalise(token, layer.input_norm.get(), token, thread);
     });
     multiply(pool_, hidden_words_, tokens, layer.qkv, Output::STORE, qkv_.get(), qkv_stride_);

@@ -30,7 +30,11 @@ ALWAYS_INLINE void finish(const Product& p, int row, int panel, f32x16 (&total)[
     }
     for (int j = 0; j < NB; j++) {
         float* at = out + (panel + j) * LANES;
-        store(at, p.kind == Output::ADD ? load(at) + total[j] : total[j]);
+        if (p.kind == Output::FAR) {
+            store_far(at, total[j]);
+        } else {
+            store(at, p.kind == Output::ADD ? load(at) + total[j] : total[j]);
+        }
     }
 }
 

@@ -22,6 +22,8 @@
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+// Before a loop of a constant length: what it indexes stays in registers, since every index is known.
+#define UNROLLED _Pragma("GCC unroll 8")
 
 namespace fastserve {
 
@@ -37,6 +39,15 @@ typedef f32x16 f32x16_any __attribute__((aligned(4)));  // at any address
 
 ALWAYS_INLINE f32x16 load(const float* p) { return *reinterpret_cast<const f32x16_any*>(p); }
 ALWAYS_INLINE void store(float* p, f32x16 v) { *reinterpret_cast<f32x16_any*>(p) = v; }
+// Past the caches; p is aligned to 64 bytes. What ends a task of the pool, an atomic instruction, makes
+// it visible to others.
+ALWAYS_INLINE void store_far(float* p, f32x16 v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#else
+    store(p, v);
+#endif
+}
 // (Written out, since 0 + x is an addition for floats: of -0 it makes 0.)
 ALWAYS_INLINE f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 ALWAYS_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
@@ -44,7 +55,19 @@ ALWAYS_INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
 ALWAYS_INLINE f32x16 to_float(f32x16 v) { return v; }
 ALWAYS_INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 
-ALWAYS_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+// b where either is not a number.
+ALWAYS_INLINE f32x16 max(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#endif
+    return a > b ? a : b;
+}
+ALWAYS_INLINE f32x16 min(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#endif
+    return a < b ? a : b;
+}
 
 // Sums and maxima over lanes, in a fixed order: each half with the other, down to one lane.
 template <class Vector, class Join>
@@ -62,6 +85,9 @@ ALWAYS_INLINE float sum(f32x16 v) {
 ALWAYS_INLINE int32_t sum(i32x16 v) {
     return over_lanes(v, [](i32x16 a, i32x16 b) { return a + b; });
 }
+ALWAYS_INLINE int32_t largest(i32x16 v) {
+    return over_lanes(v, [](i32x16 a, i32x16 b) { return a > b ? a : b; });
+}
 ALWAYS_INLINE float largest(f32x16 v) {
     return over_lanes(v, [](f32x16 a, f32x16 b) { return max(a, b); });
 }
@@ -70,25 +96,46 @@ ALWAYS_INLINE float largest(f32x16 v) {
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
 ALWAYS_INLINE f32x16 round(f32x16 v) { return (v + ROUND) - ROUND; }
 
-// e^v to 2 units in the last place; 0 below -87.
+// v * 2^n for whole numbers n from -126 to 127.
+ALWAYS_INLINE f32x16 shifted(f32x16 v, f32x16 n) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_maskz_scalef_ps(0xffff, (__m512)v, (__m512)n);
+#endif
+    return v * (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
+}
+
+// Each v = e^v to 2 units in the last place; 0 below -87. Step by step for all of them: a processor
+// does not look so far ahead that it would begin the second while it waits for the first.
+template <int N>
+ALWAYS_INLINE void exp(f32x16 (&v)[N]) {
+    f32x16 n[N], r[N], p[N];
+    UNROLLED for (int i = 0; i < N; i++) r[i] = min(splat(88.0f), max(splat(-87.0f), v[i]));
+    UNROLLED for (int i = 0; i < N; i++) n[i] = round(r[i] * 1.44269504088896341f);
+    UNROLLED for (int i = 0; i < N; i++) r[i] -= n[i] * 0.693359375f;  // ln 2 in two parts
+    UNROLLED for (int i = 0; i < N; i++) r[i] += n[i] * 2.12194440e-4f;
+    UNROLLED for (int i = 0; i < N; i++) p[i] = r[i] * 1.9875691500e-4f + 1.3981999507e-3f;
+    for (const float factor : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+        UNROLLED for (int i = 0; i < N; i++) p[i] = p[i] * r[i] + factor;
+    }
+    UNROLLED for (int i = 0; i < N; i++) p[i] *= r[i];
+    UNROLLED for (int i = 0; i < N; i++) p[i] = p[i] * r[i] + r[i];
+    UNROLLED for (int i = 0; i < N; i++) p[i] = shifted(p[i] + 1.0f, n[i]);
+    UNROLLED for (int i = 0; i < N; i++) v[i] = v[i] < -87.0f ? f32x16{} : p[i];
+}
+
 ALWAYS_INLINE f32x16 exp(f32x16 v) {
-    const f32x16 inside = v < -87.0f ? splat(-87.0f) : v > 88.0f ? splat(88.0f) : v;
-    const f32x16 n = round(inside * 1.44269504088896341f);
-    const f32x16 r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const i32x16 exponent = (__builtin_convertvector(n, i32x16) + 127) << 23;
-    return v < -87.0f ? f32x16{} : p * (f32x16)exponent;
+    f32x16 one[1] = {v};
+    exp(one);
+    return one[0];
 }
 
 ALWAYS_INLINE f32x16 silu(f32x16 v) { return v / (1.0f + exp(-v)); }
 
 // bf16 is the upper half of a float; rounding to the nearest even one.
 ALWAYS_INLINE u16x16 to_bf16(f32x16 v) {
+#if defined(__AVX512BF16__)  // (what is below 2^-126 becomes 0)
+    return (u16x16)_mm512_cvtneps_pbh((__m512)v);
+#endif
     const u32x16 bits = (u32x16)v;
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, u16x16);
 }
@@ -181,15 +228,12 @@ ALWAYS_INLINE void accumulate(typename T::Acc (&acc)[MR][NB], const int32_t* a, 
                               const int32_t* const (&w)[NB], int words) {
     for (int k = 0; k < words; k++) {
         i32x16 weights[NB];
-#pragma GCC unroll 4
-        for (int j = 0; j < NB; j++) {
+        UNROLLED for (int j = 0; j < NB; j++) {
             weights[j] = *reinterpret_cast<const i32x16*>(w[j] + k * STRIDE * LANES);
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
+        UNROLLED for (int i = 0; i < MR; i++) {
             const i32x16 input = splat(a[i * lda + k]);
-#pragma GCC unroll 4
-            for (int j = 0; j < NB; j++) acc[i][j] = T::dot(acc[i][j], weights[j], input);
+            UNROLLED for (int j = 0; j < NB; j++) acc[i][j] = T::dot(acc[i][j], weights[j], input);
         }
     }
 }
