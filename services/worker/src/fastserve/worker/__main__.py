@@ -23,13 +23,14 @@ from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.calibrate import measure
 from fastserve.worker.engine import Engine, ForwardModel
-from fastserve.worker.engine_thread import EngineThread, StagingMover
+from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.model.choose import AnyModel, Way, choose, load
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache, block_bytes
 from fastserve.worker.model.native import NativeModel
+from fastserve.worker.mover import StagingMover
 from fastserve.worker.parallel.control import Followers, GroupStaging
 from fastserve.worker.parallel.launcher import launch
 from fastserve.worker.parallel.model import GroupModel
