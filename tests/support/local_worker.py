@@ -17,12 +17,13 @@ from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.block_pool import BlockPool
 from fastserve.worker.calibrate import measure
 from fastserve.worker.engine import Engine
-from fastserve.worker.engine_thread import EngineThread, StagingMover
+from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.job import OpStatus
 from fastserve.worker.kv_ops import CopyDone, CopyEnd
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.model.choose import AnyModel
 from fastserve.worker.model.kv_cache import KvCache
+from fastserve.worker.mover import StagingMover
 from fastserve.worker.service import Worker
 from fastserve.worker.staging import BlockRef, Copied, KvStaging
 

@@ -50,6 +50,7 @@ class WorkerDriver:
         self._epoch = scheduler_epoch
         self._shard = shard
         self._plan_id = 0
+        self._lease = 0  # iterations that the last plan lets run
         self._op_id = 0
         self._handles: dict[str, int] = {}
         self._last_handle = 0
@@ -128,6 +129,7 @@ class WorkerDriver:
     ) -> list[int]:
         """rows: job id -> most tokens. Returns the ids of the operations."""
         rows = rows or {}
+        self._lease = lease if rows else 0
         new = [self._meet(name) for name in [*rows, *(op[1] for op in ops)]]
         numbers = range(self._op_id + 1, self._op_id + 1 + len(ops))
         self._op_id += len(ops)
@@ -160,12 +162,12 @@ class WorkerDriver:
 
     async def generate(self, job_id: str, count: int, chunk: int = 7) -> list[int]:
         """Run a job alone until it has `count` output tokens, and no further; all its tokens."""
+        # The plan before may have a row for it too, and that goes on until the next one arrives.
+        await self.until(lambda: self.at_rest)
         while (have := len(self.output[job_id])) < count:
             # A lease of what is missing cannot overshoot; chunks of a prefill use some of it up.
-            ran = self.iterations
             await self.plan({job_id: chunk}, lease=count - have)
-            wanted = ran + count - have
-            await self.until(lambda wanted=wanted: self.iterations >= wanted)  # type: ignore[misc]
+            await self.until(lambda: self.at_rest)
             assert job_id not in self.failed, self.failed
         return self.output[job_id]
 
@@ -192,6 +194,12 @@ class WorkerDriver:
     def iterations(self) -> int:
         """Iterations that ran on this stream."""
         return max(report.iteration for report in self.reports)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the last plan has no iterations left. Not before, if its rows all end early."""
+        told = (report for report in self.reports if report.plan_id == self._plan_id)
+        return sum(report.iteration > 0 for report in told) == self._lease
 
     @property
     def free_device_blocks(self) -> int:

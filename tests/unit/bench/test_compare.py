@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import support
+from fastserve.bench.compare import contenders
 from fastserve.bench.compare.contenders import (
     Contender,
     Missing,
@@ -232,6 +234,31 @@ def test_what_is_not_installed_is_told_with_the_way_to_point_at_it(
     assert isinstance(missing, Missing) and "--gguf" in missing.why
     _, missing = llama_cpp(needs, llama, ["Q8_0"], tmp_path)
     assert isinstance(missing, Missing) and "llama-quantize" in missing.why
+
+
+def test_a_table_that_goes_to_no_terminal_is_whole(
+    tmp_path: Path, default_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some names are long: `fastserve` and its flags."""
+    program(tmp_path / "env/bin/vllm")
+    name = " ".join(["vLLM", *(f"--flag-number-{number} {number}" for number in range(20))])
+
+    def named(needs: Needs, place: Path | None) -> Contender:
+        peer = vllm(needs, place)
+        assert isinstance(peer, Contender)
+        return replace(peer, name=name)
+
+    monkeypatch.setattr(contenders, "vllm", named)
+    result = invoke(
+        *("--only", "vllm", "--vllm", str(tmp_path / "env"), "--model", str(default_model_folder)),
+        *("-c", "1,3", "-n", "6", "--output-tokens", "5"),
+    )
+    assert result.exit_code == 0, result.output
+    columns, *_ = [line for line in result.stdout.splitlines() if "tokens/s" in line]
+    assert columns.split()[-3:] == ["P50", "P99", "failed"]
+    for level in (1, 3):
+        (line,) = [one for one in result.stdout.splitlines() if f"{level} at a time" in one]
+        assert line.split(name)[1].split()[-1] == "0"
 
 
 def test_a_peer_that_never_comes_up_is_given_up(tmp_path: Path, default_model_folder: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -140,3 +141,131 @@ async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:
     assert seen[0].control_seconds is None
     assert seen[1].control_seconds is not None and seen[1].control_seconds >= waited
     assert seen[2].control_seconds is None
+
+
+class _Ringing(_Leased):
+    """Its plans are good for `lease` iterations; the last of them lasts until it may end, and rings
+    only if it is told to."""
+
+    bell: int | None = None
+
+    def __init__(self, lease: int) -> None:
+        self.lease, self.count = lease, 0
+        self.held, self.may_ring, self.may_end = (threading.Event() for _ in range(3))
+
+    def step(self) -> Iteration:
+        self.count += 1
+        self.runnable = self.count < self.lease
+        if not self.runnable:
+            self.held.set()
+            self.may_ring.wait(10)
+            if self.bell is not None:
+                os.eventfd_write(self.bell, 1)
+            self.may_end.wait(10)
+        return Iteration(1, self.count)
+
+
+def _ringing(lease: int, seen: list[Any]) -> tuple[EngineThread, _Ringing]:
+    """A thread whose engine has a bell; what it reports is in `seen`, copies as their op ids."""
+    thread, engine = EngineThread(asyncio.get_running_loop()), _Ringing(lease)
+    engine.bell = thread.bell()
+    thread.start(
+        cast(Engine, engine),
+        lambda report: seen.append(report.iteration),
+        lambda end: seen.append(f"op {end.op_id}"),
+    )
+    thread.post(lambda _: engine.plan())
+    return thread, engine
+
+
+async def test_an_iteration_is_told_while_the_next_one_computes_and_the_last_one_at_once() -> None:
+    seen = list[Any]()
+    thread, engine = _ringing(2, seen)
+    await eventually(engine.held.is_set)
+    assert seen == []  # nobody rang
+    engine.may_ring.set()
+    await eventually(lambda: seen == [1])
+    engine.may_end.set()
+    await eventually(lambda: seen == [1, 2])
+    await thread.stop()
+    assert seen == [1, 2]
+
+
+async def test_without_a_bell_an_iteration_is_told_before_the_next_one() -> None:
+    seen = list[Any]()
+    thread, engine = EngineThread(asyncio.get_running_loop()), _Ringing(2)
+    thread.start(cast(Engine, engine), lambda report: seen.append(report.iteration), seen.append)
+    thread.post(lambda _: engine.plan())
+    await eventually(lambda: seen == [1])
+    engine.may_ring.set()
+    engine.may_end.set()
+    await eventually(lambda: seen == [1, 2])
+    await thread.stop()
+
+
+async def test_reports_come_before_the_answer_to_a_later_question() -> None:
+    seen = list[Any]()
+    thread, engine = _ringing(2, seen)
+    await eventually(engine.held.is_set)
+    question = asyncio.ensure_future(thread.ask(lambda engine: engine.runnable))
+    question.add_done_callback(lambda _: seen.append("answer"))
+    await asyncio.sleep(0)  # it is in the inbox now
+    engine.may_end.set()
+    engine.may_ring.set()
+    await question
+    await eventually(lambda: seen[-1] == "answer")
+    await thread.stop()
+    assert seen == [1, 2, "answer"]
+
+
+async def test_a_copy_that_ends_is_told_after_the_iteration_before() -> None:
+    seen = list[Any]()
+    thread, engine = _ringing(2, seen)
+    await eventually(engine.held.is_set)
+    end = CopyEnd(lambda status, copied: None, lambda status, copied: OpResult(7, status))
+    thread.ended(end, OpStatus.OK, Copied(0, 0, 0.0))
+    assert seen == [1, "op 7"]
+    engine.may_ring.set()
+    engine.may_end.set()
+    await thread.stop()
+    assert seen == [1, "op 7", 2]
+
+
+async def test_what_was_not_told_yet_is_told_when_the_thread_stops_and_the_bell_is_closed() -> None:
+    seen = list[Any]()
+    thread, engine = _ringing(1, seen)
+    await eventually(engine.held.is_set)
+    engine.bell, bell = None, engine.bell
+    stopping = asyncio.ensure_future(thread.stop())
+    await asyncio.sleep(0)  # the end is in the inbox now
+    engine.may_ring.set()
+    engine.may_end.set()
+    await stopping
+    assert seen == [1]
+    assert bell is not None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(bell)
+
+
+async def test_a_bug_is_told_after_the_iterations_before_it() -> None:
+    seen = list[Any]()
+    thread = EngineThread(asyncio.get_running_loop())
+    thread.bell()
+
+    class Breaks(_Leased):
+        count = 0
+
+        def step(self) -> Iteration:
+            self.count += 1
+            if self.count == 2:
+                raise RuntimeError("a bug")
+            return Iteration(1, self.count)
+
+    engine = Breaks()
+    thread.failure.add_done_callback(lambda _: seen.append("bug"))
+    thread.start(cast(Engine, engine), lambda report: seen.append(report.iteration), seen.append)
+    thread.post(lambda _: engine.plan())
+    with pytest.raises(RuntimeError, match="a bug"):
+        await asyncio.wait_for(thread.failure, timeout=10)
+    await thread.stop()
+    assert seen == [1, "bug"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,18 @@ def test_rows_that_are_left_over_get_the_same_bits(
     whole = alone(model, tokens, (length,))
     parts = alone(model, tokens, (7, 15, 32, 49, length))
     assert torch.equal(whole[length - 1], parts[length - 1])
+
+
+def test_each_iteration_rings_once(folders: dict[str, Path]) -> None:
+    model = native(folder_of(folders, "llama"), torch.float32)
+    model.bell = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        alone(model, prompt(20), (7, 19, 20))
+        assert os.eventfd_read(model.bell) == 3
+        os.eventfd_write(model.bell, 2**64 - 2)  # as far as it counts: one that rings is enough
+        alone(model, prompt(20), (20,))
+    finally:
+        os.close(model.bell)
 
 
 @pytest.mark.parametrize(("dtype", "int8"), WAYS)

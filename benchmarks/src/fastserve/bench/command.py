@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from fastserve.bench import options as read
 from fastserve.bench.arrivals import ArrivalKind, Arrivals, LoadError, check_rate
-from fastserve.bench.output import end, make_folder
+from fastserve.bench.output import display, end, make_folder
 from fastserve.bench.report import seconds, table
 from fastserve.bench.sim.types import SimOptions
 from fastserve.bench.sweep import (
@@ -37,7 +36,6 @@ from fastserve.scheduler.core import SchedulerConfig
 
 DEFAULT_JOBS: Final = 4000
 DEFAULT_RATE: Final = 2.0
-_FILE_WIDTH: Final = 120  # columns of a table that goes to no terminal
 _SUMMARY: Final = {
     "per token": ("per_token_s", "mean"),
     "P95": ("per_token_s", "p95"),
@@ -102,7 +100,7 @@ def run(asked: Asked) -> None:
             typer.echo(json.dumps(found, allow_nan=False))
     else:
         shown = table(reports[0]) if len(reports) == 1 else _summary(reports, asked.slo)
-        Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(shown)
+        display(shown)
     if asked.out is not None:
         _write(asked.out, runs, reports, asked.slo)
 

@@ -1,20 +1,29 @@
-"""How a command ends, and what it leaves in the folder of --out but for the plots."""
+"""What commands print, how they end, and what they leave in the folder of --out but for plots."""
 
 from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import typer
+from rich.console import Console, RenderableType
+
+_UNBOUNDED: Final = 10_000  # columns; a table takes what it needs
 
 
 def end(message: str, status: int) -> NoReturn:
     """One sentence on stderr, and this exit status."""
     typer.secho(message, err=True, fg="red")
     raise typer.Exit(status)
+
+
+def display(found: RenderableType) -> None:
+    """To stdout: as wide as the terminal, or whole if that is a file or a pipe."""
+    Console(width=None if sys.stdout.isatty() else _UNBOUNDED).print(found)
 
 
 def make_folder(folder: Path) -> None:

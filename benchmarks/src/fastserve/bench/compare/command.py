@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from typing import Final
 
 import typer
 import uvloop
-from rich.console import Console
 
 from fastserve.bench.arrivals import Arrivals, LoadError, check_rate
 from fastserve.bench.compare import contenders as those
@@ -33,11 +31,10 @@ from fastserve.bench.load.target import Asking, Target
 from fastserve.bench.load.types import LoadRequest
 from fastserve.bench.options import listed
 from fastserve.bench.options import rates as read_rates
-from fastserve.bench.output import end, make_folder
+from fastserve.bench.output import display, end, make_folder
 from fastserve.bench.processes import ServerProcess, StartError, free_port, model_folder, server
 from fastserve.bench.workloads import generate
 
-_FILE_WIDTH: Final = 130
 _INTERRUPTED: Final = 130
 _WARM_TOKENS: Final = 8
 _READY_TIMEOUT_S: Final = 120.0  # of one request that asks whether a server is ready
@@ -277,8 +274,7 @@ def _print(asked: Asked, reports: Sequence[Report], missing: Sequence[Missing]) 
         for found in reports:
             typer.echo(json.dumps(found, allow_nan=False))
     elif reports:
-        console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
-        console.print(table(reports))
+        display(table(reports))
     for found in reports:
         level = found["concurrency"] or found["rate"]
         for said in warnings(found):

@@ -20,7 +20,6 @@ from typing import Any, Final
 import psutil
 import uvloop
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from fastserve.bench.load.command import raise_file_limit
@@ -29,6 +28,7 @@ from fastserve.bench.load.report import Slo, report
 from fastserve.bench.load.run import Runner
 from fastserve.bench.load.target import CHAT, Asking, Target
 from fastserve.bench.load.types import LoadRequest
+from fastserve.bench.output import display
 from fastserve.bench.processes import (
     ServerProcess,
     StartError,
@@ -201,7 +201,7 @@ def main() -> int:
         for row in found:
             print(json.dumps(row))
     else:
-        Console(width=None if sys.stdout.isatty() else 150).print(_table(found))
+        display(_table(found))
         for row in found:
             for why, count in row["errors"].items():
                 print(f"{row['case']}: {count} x {why}")

@@ -7,7 +7,6 @@ import contextlib
 import json
 import resource
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -26,9 +25,8 @@ from fastserve.bench.load.prompts import PromptMaker
 from fastserve.bench.load.report import Report, report, warnings
 from fastserve.bench.load.run import Runner
 from fastserve.bench.load.target import Target
-from fastserve.bench.output import end, make_folder
+from fastserve.bench.output import display, end, make_folder
 
-_FILE_WIDTH: Final = 140  # columns of a table that goes to no terminal
 _INTERRUPTED: Final = 130
 
 
@@ -79,9 +77,7 @@ def _print(reports: list[Report], *, as_json: bool) -> None:
             for said in warnings(found):
                 typer.echo(f"{show.level_of(found)}: {said}", err=True)
         return
-    shown = show.one(reports[0]) if len(reports) == 1 else show.several(reports)
-    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
-    console.print(shown)
+    display(show.one(reports[0]) if len(reports) == 1 else show.several(reports))
 
 
 async def _measure(asked: Asked, load: Load, address: Address) -> tuple[list[Report], bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Final
 
 import typer
 import uvloop
-from rich.console import Console
 
 from fastserve.bench.arrivals import LoadError
 from fastserve.bench.load.command import raise_file_limit, stop_on_signals
@@ -22,11 +20,10 @@ from fastserve.bench.memory.measure import Load, blocks_for, mean_tokens, run_al
 from fastserve.bench.memory.show import table
 from fastserve.bench.memory.stacks import Sizes, Variant, variants
 from fastserve.bench.options import HOST_KV_FACTOR, listed
-from fastserve.bench.output import end, make_folder
+from fastserve.bench.output import display, end, make_folder
 from fastserve.bench.processes import StartError, model_folder
 from fastserve.bench.workloads import check_workload
 
-_FILE_WIDTH: Final = 150
 _INTERRUPTED: Final = 130
 _BLOCK_SIZE: Final = 16
 
@@ -134,8 +131,7 @@ def _print(asked: Asked, reports: Sequence[Report], title: str) -> None:
         for found in reports:
             typer.echo(json.dumps(found, allow_nan=False))
     else:
-        console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
-        console.print(table(reports, title))
+        display(table(reports, title))
     for found in reports:
         for said in warnings(found):
             _say(f"! {found['variant']} at {found['load']:g}, seed {found['seed']}: {said}")

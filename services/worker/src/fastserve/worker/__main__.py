@@ -23,12 +23,14 @@ from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.calibrate import measure
 from fastserve.worker.engine import Engine, ForwardModel
-from fastserve.worker.engine_thread import EngineThread, StagingMover
+from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.model.choose import AnyModel, Way, choose, load
 from fastserve.worker.model.config import ModelConfig
 from fastserve.worker.model.files import prepare
 from fastserve.worker.model.kv_cache import KvCache, block_bytes
+from fastserve.worker.model.native import NativeModel
+from fastserve.worker.mover import StagingMover
 from fastserve.worker.parallel.control import Followers, GroupStaging
 from fastserve.worker.parallel.launcher import launch
 from fastserve.worker.parallel.model import GroupModel
@@ -175,6 +177,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         staging = await _attach_staging(settings, epoch, model.config, way, kv, rank, followers)
         metrics.sidecar_losses.set_function(lambda: staging.losses)
     thread = EngineThread(loop)
+    if isinstance(model, NativeModel):
+        model.bell = thread.bell()
     mover = StagingMover(thread, loop, staging, metrics)
     engine = Engine(
         runs,

@@ -3,39 +3,34 @@
 The event loop owns gRPC and the copies, the engine thread owns the engine. They meet in one inbox
 of callables that the engine thread runs between iterations, so a newer plan takes effect at the
 next boundary. With nothing to run the thread blocks on the inbox.
+
+Reports go the other way. A loop that is woken while the engine thread holds the interpreter lock
+can do no more than wait for it, and then has to be woken again. So a report waits until the thread
+blocks or the next iteration computes, where the kernels wake the loop (`bell`): they begin without
+the lock.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 
 from fastserve.worker.engine import Engine, Iteration
 from fastserve.worker.job import OpResult, OpStatus
-from fastserve.worker.kv_ops import CopyDone, CopyEnd
-from fastserve.worker.metrics import Metrics
-from fastserve.worker.staging import (
-    BlockRef,
-    Copied,
-    HostCopyLost,
-    KvStaging,
-    NoHostSpace,
-    NotSent,
-    Place,
-    SidecarLost,
-)
+from fastserve.worker.kv_ops import CopyEnd
+from fastserve.worker.staging import Copied
 
 log = structlog.get_logger(__name__)
 Report = Callable[[Iteration], None]
 ReportEnd = Callable[[OpResult], None]
-_NOTHING = Copied(0, 0, 0.0)
 
 
 class EngineThread:
@@ -46,6 +41,8 @@ class EngineThread:
         self._report: Report = lambda _: None
         self._report_end: ReportEnd = lambda _: None
         self._iterating = False
+        self._reports: deque[Iteration] = deque()  # that the loop has not seen yet
+        self._bell: int | None = None
         self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.failure: asyncio.Future[None] = loop.create_future()  # the bug that ended the thread
@@ -60,6 +57,20 @@ class EngineThread:
         self._thread = threading.Thread(target=self._guarded, args=(engine,), name="engine")
         self._thread.start()
 
+    def bell(self) -> int:
+        """An eventfd for a model that writes to it when it begins to compute an iteration.
+
+        Call it before `start`, and only for such a model. `stop` closes it.
+        """
+        self._bell = bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+        def rung() -> None:
+            os.eventfd_read(bell)
+            self._deliver()
+
+        self._loop.add_reader(bell, rung)
+        return bell
+
     def post(self, action: Callable[[Engine], None]) -> None:
         """Run `action(engine)` on the engine thread at the next iteration boundary."""
         self._inbox.put(action)
@@ -69,6 +80,7 @@ class EngineThread:
         early = copy.result(status, copied) if self._iterating and copy.result else None
         self.post(lambda _: copy.run(status, copied))
         if early is not None:
+            self._deliver()  # those before it come first
             self._report_end(early)
 
     async def ask(self, question: Callable[[Engine], Any]) -> Any:
@@ -76,7 +88,9 @@ class EngineThread:
         answer: asyncio.Future[Any] = self._loop.create_future()
 
         def run(engine: Engine) -> None:
-            self._loop.call_soon_threadsafe(_resolve, answer, question(engine))
+            told = question(engine)
+            self._wake()  # what was before the question is heard before the answer
+            self._loop.call_soon_threadsafe(_resolve, answer, told)
 
         self.post(run)
         return await answer
@@ -86,12 +100,18 @@ class EngineThread:
         self._inbox.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        self._deliver()
+        if self._bell is not None:
+            self._loop.remove_reader(self._bell)
+            os.close(self._bell)
+            self._bell = None
 
     def _guarded(self, engine: Engine) -> None:
         try:
             self._run(engine)
         except Exception as bug:
             log.exception("the engine thread failed")
+            self._wake()
             self._loop.call_soon_threadsafe(self.failure.set_exception, bug)
 
     def _run(self, engine: Engine) -> None:
@@ -105,6 +125,8 @@ class EngineThread:
                 if acted:
                     self._emit_ended(engine)
                     acted = False
+                if self._bell is None:  # else the iteration does it
+                    self._wake()
                 began = time.perf_counter()
                 self._iterating = True
                 iteration = engine.step()
@@ -112,8 +134,10 @@ class EngineThread:
                 if left_at is not None:
                     iteration.control_seconds = began - left_at
                 left_at = time.perf_counter() if engine.has_rows else None
-                self._emit(iteration)
+                self._reports.append(iteration)
                 continue
+            if self._inbox.empty():  # it may be long until the next iteration
+                self._wake()
             action = self._inbox.get()
             if action is None:
                 return
@@ -127,155 +151,18 @@ class EngineThread:
     def _emit_ended(self, engine: Engine) -> None:
         ended = engine.ended_report()
         if ended is not None:
-            self._emit(ended)
+            self._reports.append(ended)
 
-    def _emit(self, iteration: Iteration) -> None:
-        self._loop.call_soon_threadsafe(self._report, iteration)
+    def _wake(self) -> None:
+        if self._reports:
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        """Called on the event loop."""
+        while self._reports:
+            self._report(self._reports.popleft())
 
 
 def _resolve(answer: asyncio.Future[Any], value: Any) -> None:
     if not answer.done():  # the one who asked may have been cancelled
         answer.set_result(value)
-
-
-class StagingMover:
-    """Mover over KvStaging: copies run on the event loop's side, results come back by inbox."""
-
-    def __init__(
-        self,
-        thread: EngineThread,
-        loop: asyncio.AbstractEventLoop,
-        staging: KvStaging | None,
-        metrics: Metrics,
-    ) -> None:
-        self._thread, self._loop = thread, loop
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._exports: set[asyncio.Task[Copied]] = set()
-        self._may_send = False
-        self._metrics = metrics
-        self.staging = staging
-
-    async def settle(self) -> None:
-        """Wait until no copy is under way here (the engine thread may then start others)."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    @property
-    def generation(self) -> int:
-        return self.staging.generation if self.staging is not None else 0
-
-    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyEnd) -> None:
-        async def run(staging: KvStaging) -> Copied:
-            return await staging.store(job_id, blocks)
-
-        self._start("out", run, done)
-
-    def load(self, job_id: str, blocks: Sequence[int], done: CopyEnd) -> None:
-        async def run(staging: KvStaging) -> Copied:
-            return await staging.load(job_id, blocks)
-
-        self._start("in", run, done)
-
-    @property
-    def caches(self) -> bool:
-        return self.staging is not None
-
-    @property
-    def cached_blocks(self) -> int:
-        return self.staging.cached_blocks if self.staging is not None else 0
-
-    def save(
-        self, blocks: Sequence[int], intact: Callable[[], Sequence[bytes]], done: CopyDone
-    ) -> None:
-        async def run(staging: KvStaging) -> Copied:
-            return await staging.save(blocks, intact)
-
-        self._start("out", run, CopyEnd(done))
-
-    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyEnd) -> None:
-        async def run(staging: KvStaging) -> Copied:
-            return await staging.fetch(keys, blocks)
-
-        self._start("in", run, done)
-
-    def release(self, job_id: str, done: CopyEnd) -> None:
-        async def run(staging: KvStaging) -> Copied:
-            await staging.release([job_id])
-            return _NOTHING
-
-        self._start("", run, done)
-
-    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyEnd) -> None:
-        self._begin(lambda: self._export(job_id, blocks, to), done)
-
-    def allow_exports(self, allowed: bool) -> None:
-        """Without a scheduler nothing is sent: nobody would hear that it arrived."""
-        self._may_send = allowed
-        if not allowed:
-            for sending in self._exports:
-                sending.cancel()
-
-    async def _export(
-        self, job_id: str, blocks: Sequence[BlockRef], to: Place
-    ) -> tuple[OpStatus, Copied]:
-        stored = _NOTHING
-        if self.staging is None:
-            return OpStatus.NOT_SENT, _NOTHING
-        if blocks:
-            status, stored = await self._outcome(
-                "out", lambda staging: staging.store(job_id, blocks)
-            )
-            if status is not OpStatus.OK:
-                return status, stored
-        if not self._may_send:
-            return OpStatus.NOT_SENT, replace(stored, bytes=0)
-        sending = self._loop.create_task(self.staging.export(job_id, to))
-        self._exports.add(sending)
-        sending.add_done_callback(self._exports.discard)
-        await asyncio.wait([sending])
-        error = None if sending.cancelled() else sending.exception()
-        if sending.cancelled() or isinstance(error, (NotSent, SidecarLost)):
-            log.warning("KV was not sent", job_id=job_id, reason=str(error or "the scheduler left"))
-            return OpStatus.NOT_SENT, replace(stored, bytes=0)
-        sent = sending.result()
-        return OpStatus.OK, Copied(stored.tokens, sent.bytes, stored.seconds + sent.seconds)
-
-    def _start(
-        self,
-        direction: str,
-        run: Callable[[KvStaging], Coroutine[Any, Any, Copied]],
-        done: CopyEnd,
-    ) -> None:
-        self._begin(lambda: self._outcome(direction, run), done)
-
-    def _begin(
-        self, outcome: Callable[[], Coroutine[Any, Any, tuple[OpStatus, Copied]]], done: CopyEnd
-    ) -> None:
-        async def task() -> None:
-            status, copied = await outcome()
-            self._thread.ended(done, status, copied)
-
-        def begin() -> None:
-            started = self._loop.create_task(task())
-            self._tasks.add(started)
-            started.add_done_callback(self._tasks.discard)
-
-        self._loop.call_soon_threadsafe(begin)
-
-    async def _outcome(
-        self, direction: str, run: Callable[[KvStaging], Coroutine[Any, Any, Copied]]
-    ) -> tuple[OpStatus, Copied]:
-        refused = OpStatus.LOST if direction == "in" else OpStatus.NO_HOST_SPACE
-        if self.staging is None:
-            return (refused if direction else OpStatus.OK), _NOTHING
-        try:
-            copied = await run(self.staging)
-        except NoHostSpace:
-            return OpStatus.NO_HOST_SPACE, _NOTHING
-        except (HostCopyLost, SidecarLost) as error:
-            log.warning("KV copy failed", direction=direction or "release", reason=str(error))
-            # A release that cannot be told: the sidecar that held the blocks is gone with them.
-            return (refused if direction else OpStatus.OK), _NOTHING
-        if copied.bytes:
-            self._metrics.copied(direction, copied.bytes, copied.seconds)
-        return OpStatus.OK, copied

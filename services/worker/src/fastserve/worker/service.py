@@ -13,9 +13,10 @@ import structlog
 from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.engine import Engine, Iteration
-from fastserve.worker.engine_thread import EngineThread, StagingMover
+from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.job import OpResult
 from fastserve.worker.metrics import Metrics
+from fastserve.worker.mover import StagingMover
 from fastserve.worker.staging import SidecarLost
 from fastserve.worker.tracing import IterationTracer
 from fastserve.worker.wire import BadPlan, plan_from, report_from

@@ -54,6 +54,7 @@ class NativeModel:
         self.config = config
         self.dtype = dtype
         self.device = torch.device("cpu")
+        self.bell = -1  # an eventfd that `forward` writes to once the interpreter is free
         self._library = library
         shape = Shape(
             layers=config.num_layers,
@@ -164,6 +165,7 @@ class NativeModel:
             kv.data.data_ptr(),
             logits.data_ptr(),
             stride,
+            self.bell,
         )
         self._library.call("fs_model_forward", self._model, ctypes.byref(native))
         return logits[:, :vocab]

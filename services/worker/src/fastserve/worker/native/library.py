@@ -73,6 +73,7 @@ class NativeBatch(c.Structure):
         ("kv", c.c_void_p),
         ("logits", c.c_void_p),
         ("logits_stride", c.c_int64),
+        ("bell", c.c_int32),
     )
 
 

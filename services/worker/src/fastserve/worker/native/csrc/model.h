@@ -40,6 +40,7 @@ struct Batch {
     void* kv;
     float* logits;        // [logit_rows, logits_stride]
     int64_t logits_stride;  // a multiple of 16, at least `vocab`
+    int32_t bell;  // an eventfd to write to first; -1: none
 };
 
 class Model {
