@@ -25,12 +25,7 @@ def victims_for(draft: Draft, job: Job, *, starving: bool) -> Iterator[Job]:
     """Who may have to leave for a job. There can be thousands, and few are needed: one by one."""
     group = draft.group
     any_victim = group.policy.preemptive or job.state is JobState.RUNNING
-    returns = (
-        group.config.kv_strategy is KvStrategy.PROACTIVE
-        and not job.booked
-        and job.peak > 0
-        and not job.boosted
-    )
+    returns = group.config.kv_strategy is KvStrategy.PROACTIVE and not job.booked and job.peak > 0
     place = draft.place(job)
     for victim in leavers(draft):
         if not any_victim and victim.state is JobState.RUNNING:
