@@ -66,6 +66,7 @@ def test_who_comes_back_waits_until_the_copies_of_the_other_are_a_thirtieth_of_i
     starving: bool,
 ) -> None:
     rig, waits, runs = at_rest()
+    waits.boosted = starving  # those that are promoted, too
     serve(runs, 29 * copies_of(rig, runs))
     assert victims(rig, waits, starving=starving) == []
     serve(runs, 31 * copies_of(rig, runs))
