@@ -47,7 +47,7 @@ def at_rest(strategy: str = "proactive", **config: Any) -> tuple[Rig, Job, Job]:
 
 
 def victims(rig: Rig, job: Job, *, starving: bool = False) -> list[str]:
-    draft = Draft(group_of(rig), rig.now, head=group_of(rig).queue.first(10))
+    draft = Draft(group_of(rig), rig.now, 4, head=group_of(rig).queue.first(10))
     return [victim.job_id for victim in victims_for(draft, job, starving=starving)]
 
 

@@ -29,6 +29,7 @@ class Draft:
 
     group: Group
     now: float
+    lease: int  # iterations
     head: Sequence[Job] = ()  # the first of the order
     late: dict[Job, int] = field(default_factory=dict)  # `Group.catching_up`: those still to come
     rows: list[PlanRow] = field(default_factory=list)

@@ -42,7 +42,7 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         group.queue.resort()
     group.queue.settle()
     group.host_closed = now < group.host_reopens
-    draft = Draft(group, now, late=late)
+    draft = Draft(group, now, group.config.lease, late=late)
     draft.release_ended()
     draft.move_kv()
     head = draft.head = _head(group)
@@ -70,9 +70,8 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
     introduce, group.introduce = group.introduce, {}
     group.restate = False
     kv_planner.write_through(draft)
-    lease = group.config.lease
-    plan_id = group.send(lease, draft.rows, draft.chosen)
-    return Plan(plan_id, lease, draft.rows, draft.ops, group.dismissed, introduce)
+    plan_id = group.send(draft.lease, draft.rows, draft.chosen)
+    return Plan(plan_id, draft.lease, draft.rows, draft.ops, group.dismissed, introduce)
 
 
 def _head(group: Group) -> list[Job]:
@@ -124,8 +123,13 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
         else:
             need = need_of(job, lease)
         if (need > job.booked or job.kv is on_host) and not _has_room(draft, job, need, now):
-            passed += 1
-            continue
+            iterations = _left_in_blocks(group, job)
+            if iterations < 1:
+                passed += 1
+                continue
+            draft.lease = min(draft.lease, iterations)
+            draft.starved.discard(job)
+            need = job.booked
         tokens = known - job.computed
         if tokens <= 1:  # 0: the worker is ahead of the tokens that it told
             tokens, row = 1, job.row or job.decode_row()
@@ -151,6 +155,14 @@ def _choose_rows(draft: Draft, order: Iterable[Job], now: float) -> None:
         chosen.add(job)
         if not rows_left or not tokens_left:
             return
+
+
+def _left_in_blocks(group: Group, job: Job) -> int:
+    """Iterations that a job can run in the blocks that it has, beside those of plans that were
+    sent: while others leave for it, it need not stop."""
+    if job.kv is not KvState.DEVICE:
+        return 0
+    return job.booked * group.info.block_size - job.known_len - group.pending(job)
 
 
 def _let_oldest_go_on(draft: Draft, now: float) -> None:
