@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fastserve.bench.arrivals import Arrivals, LoadError
+from fastserve.bench.arrivals import Arrivals
 from fastserve.bench.load.http import Address, HttpClient
 from fastserve.bench.load.plan import Lengths, fit, made
 from fastserve.bench.load.prompts import PromptMaker, local_maker
@@ -22,6 +21,7 @@ from fastserve.bench.load.report import Report, Slo, report
 from fastserve.bench.load.run import Runner
 from fastserve.bench.load.target import Asking, Target
 from fastserve.bench.load.types import LoadRequest, RunResult
+from fastserve.bench.memory.cores import in_turns, shares
 from fastserve.bench.memory.stacks import (
     MODEL,
     Sizes,
@@ -91,7 +91,7 @@ async def running(
     scratch: Path,
     timeout_s: float,
     request_s: float,
-    cores: Collection[int] | None,
+    cores: Collection[int],
 ) -> Any:
     """A `Stack` until the block ends, on these cores if any are given. Raises `StartError`."""
     state_folder = scratch / variant.name.replace("/", "-").replace(" ", "-")
@@ -167,12 +167,12 @@ async def run_all(
     at_once: bool,
 ) -> list[Report]:
     """Every deployment is started, then each load goes to all of them, one after the other or, each
-    on cores of its own, at once.
+    on as many cores as the others, at once.
 
     Raises `StartError`, `LoadError`.
     """
     reports: list[Report] = []
-    own = _shares(len(found)) if at_once else [None] * len(found)
+    own = shares(len(found)) if at_once else [()] * len(found)
     async with contextlib.AsyncExitStack() as up:
         stacks = []
         for variant, cores in zip(found, own, strict=True):
@@ -181,6 +181,9 @@ async def run_all(
             stacks.append(await up.enter_async_context(one))
         maker = await local_maker(model)
         together = [stacks] if at_once else [[stack] for stack in stacks]
+        if at_once:
+            pids = [stack.process.pid for stack in stacks]
+            await up.enter_async_context(in_turns(pids, own))
         rates: list[float] = []
         for some in together:
             if stop.is_set():
@@ -209,17 +212,6 @@ async def run_all(
             # Each is first in turn: the machine is not the same for the first and the last.
             together = [*together[1:], *together[:1]]
     return reports
-
-
-def _shares(count: int) -> list[Collection[int] | None]:
-    """As many cores for each of so many deployments."""
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) // count
-    if not each:
-        raise LoadError(
-            f"--at-once: {count} deployments need as many cores, not {len(cores)}: give --only"
-        )
-    return [cores[at * each :][:each] for at in range(count)]
 
 
 async def _one(

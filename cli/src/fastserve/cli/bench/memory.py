@@ -84,8 +84,8 @@ def memory(
         bool,
         typer.Option(
             "--at-once",
-            help="All deployments at the same time, each on cores of its own, instead of one after "
-            "the other: a machine that varies does so for all.",
+            help="All deployments at the same time instead of one after the other: a machine that "
+            "varies does so for all. Each has cores of its own; every second they are exchanged.",
             rich_help_panel=WHEN,
         ),
     ] = False,
