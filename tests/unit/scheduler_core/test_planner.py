@@ -96,6 +96,26 @@ def test_who_has_no_room_waits_until_worse_ones_have_left() -> None:
     assert rig.scheduler.counters["preemptions.memory.swap"] == 1
 
 
+def test_a_row_goes_on_in_the_blocks_that_it_has_while_others_leave_for_it() -> None:
+    """Blocks of 8 tokens. One more is booked for what two leases may take, long before it is used."""
+    rig = Rig(max_num_seqs=2, device_blocks=4, block_size=8, max_model_len=32)
+    rig.slow_copies = True
+    rig.submit("first", prompt=9, max_tokens=20, priority=-1)
+    rig.submit("second", prompt=9, max_tokens=20)
+    first, second = rig.job("first"), rig.job("second")
+    while second.state is not JobState.PREEMPTED:
+        rig.run()
+    assert second.kv is KvState.OFFLOADING and first.known_len <= 12
+    while first.known_len < 16:
+        assert first.state is JobState.RUNNING
+        rig.run()
+    rig.run(3)
+    assert first.state is JobState.PREEMPTED and first.known_len == 16
+    rig.worker.finish_copies()
+    rig.run(2)
+    assert first.state is JobState.RUNNING and first.known_len > 16
+
+
 def test_a_complete_host_copy_makes_leaving_free() -> None:
     rig = Rig(device_blocks=16)
     rig.submit("long", prompt=36, max_tokens=20)
