@@ -8,7 +8,6 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from fastserve.common.rpc import GrpcServer
@@ -19,7 +18,7 @@ from fastserve.worker.calibrate import measure
 from fastserve.worker.engine import Engine
 from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.job import OpStatus
-from fastserve.worker.kv_ops import CopyDone, CopyEnd
+from fastserve.worker.kv_ops import CopyDone
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.model.choose import AnyModel
 from fastserve.worker.model.kv_cache import KvCache
@@ -56,7 +55,7 @@ class WatchedMover(StagingMover):
     def _digest(self, block: int) -> bytes:
         return hashlib.blake2b(self._kv[block].numpy().data).digest()
 
-    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyEnd) -> None:
+    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None:
         before = {ref.index: self._digest(ref.block) for ref in blocks}
 
         def watched(status: OpStatus, copied: Copied) -> None:
@@ -65,9 +64,9 @@ class WatchedMover(StagingMover):
                 self.blocks["stored"] += len(before)
             done(status, copied)
 
-        super().store(job_id, blocks, replace(done, run=watched))
+        super().store(job_id, blocks, watched)
 
-    def load(self, job_id: str, blocks: Sequence[int], done: CopyEnd) -> None:
+    def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None:
         def watched(status: OpStatus, copied: Copied) -> None:
             if status is OpStatus.OK:
                 for index, block in enumerate(blocks):
@@ -76,7 +75,7 @@ class WatchedMover(StagingMover):
                         self.different.append(f"block {index} of {job_id}")
             done(status, copied)
 
-        super().load(job_id, blocks, replace(done, run=watched))
+        super().load(job_id, blocks, watched)
 
     def save(
         self, blocks: Sequence[int], intact: Callable[[], Sequence[bytes]], done: CopyDone
@@ -93,7 +92,7 @@ class WatchedMover(StagingMover):
 
         super().save(blocks, watched, done)
 
-    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyEnd) -> None:
+    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyDone) -> None:
         def watched(status: OpStatus, copied: Copied) -> None:
             if status is OpStatus.OK:
                 for key, block in zip(
@@ -104,7 +103,7 @@ class WatchedMover(StagingMover):
                         self.different.append(f"cached block {block}")
             done(status, copied)
 
-        super().fetch(keys, blocks, replace(done, run=watched))
+        super().fetch(keys, blocks, watched)
 
 
 class LocalWorker:
@@ -183,7 +182,7 @@ async def local_worker(
     worker = Worker(description, engine, thread, mover, metrics)
     server = GrpcServer()
     pb_grpc.add_WorkerServiceServicer_to_server(worker, server.server)
-    thread.start(engine, worker.report, worker.report_end)
+    thread.start(engine, worker.report)
     try:
         address = await server.start(f"unix:{folder}/local-{epoch}")
         yield LocalWorker(address, engine, mover)

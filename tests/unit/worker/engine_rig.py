@@ -82,6 +82,7 @@ class FakeModel:
         self._mover = mover
         self.pool: BlockPool | None = None
         self.batches: list[Batch] = []
+        self.beside: Callable[[], None] = lambda: None  # called before each row is computed
 
     def forward(self, batch: Batch, kv: KvCache) -> torch.Tensor:
         self.batches.append(batch)
@@ -91,6 +92,7 @@ class FakeModel:
         tokens = iter(batch.token_ids)
         logits = []
         for row, count in enumerate(batch.query_lens):
+            self.beside()
             table, end = batch.block_tables[row], batch.context_lens[row]
             assert count > 0, "a row without tokens has no logits"
             used = table[: -(-end // BLOCK)]
@@ -294,6 +296,7 @@ class Rig:
         self.plan_id = 0
         self.op_id = 0
         self._unsent: list[NewJob] = []
+        self.coming: list[Plan] = []  # that came while the model computed
 
     # --- what a scheduler says ---------------------------------------------------------------
 
@@ -337,7 +340,33 @@ class Rig:
         lease: int = 1,
     ) -> list[int]:
         """Put a plan in force (rows: handles, or handle -> tokens); the ids of its operations."""
-        self.plan_id += 1
+        plan = self._planned(rows, ops, lease)
+        self._apply(plan)
+        return [op.op_id for op in plan.ops]
+
+    def plan_beside(
+        self,
+        rows: Sequence[int] | dict[int, int] = (),
+        ops: Sequence[tuple[OpKind, int] | tuple[OpKind, int, int]] = (),
+        lease: int = 1,
+    ) -> tuple[list[int], int]:
+        """A plan that comes while the model computes: the ids of its operations, and how many of
+        them have begun. It takes effect after the iteration."""
+        plan = self._planned(rows, ops, lease)
+        begun = self.engine.begin_ops(plan, self.coming)
+        self.coming.append(replace(plan, ops=plan.ops[begun:]))
+        return [op.op_id for op in plan.ops], begun
+
+    def _apply(self, plan: Plan) -> None:
+        self.plan_id = plan.plan_id
+        self.engine.apply(plan)
+
+    def _planned(
+        self,
+        rows: Sequence[int] | dict[int, int],
+        ops: Sequence[tuple[OpKind, int] | tuple[OpKind, int, int]],
+        lease: int,
+    ) -> Plan:
         listed = rows.items() if isinstance(rows, dict) else [(handle, 5) for handle in rows]
         first = self.op_id + 1
         self.op_id += len(ops)
@@ -345,8 +374,8 @@ class Rig:
         # The engine goes on writing in the lists that it gets.
         new = [replace(job, token_ids=list(job.token_ids)) for job in self._unsent]
         self._unsent.clear()
-        self.engine.apply(Plan(self.plan_id, lease, new, list(listed), named))
-        return [op.op_id for op in named]
+        plan_id = self.plan_id + len(self.coming) + 1
+        return Plan(plan_id, lease, new, list(listed), named)
 
     def op(self, kind: OpKind, handle: int, blocks: int = 0) -> int:
         """One operation, no rows; its id."""
@@ -362,7 +391,11 @@ class Rig:
     # --- what the engine says ----------------------------------------------------------------
 
     def step(self) -> Iteration:
-        return self._take(self.engine.step())
+        done = self._take(self.engine.step())
+        for plan in self.coming:
+            self._apply(plan)
+        self.coming.clear()
+        return done
 
     def run(self, rows: Sequence[int] | dict[int, int], count: int) -> list[Iteration]:
         """A plan with a lease of `count` iterations, until it ends."""

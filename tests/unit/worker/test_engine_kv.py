@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from fastserve.worker.job import OpKind, OpStatus
@@ -315,3 +317,106 @@ def test_a_reset_forgets_results_and_queued_operations() -> None:
     rig.resend(job)
     rig.run([job], 3)
     rig.check_output()
+
+
+# --- beside an iteration --------------------------------------------------------------------------
+
+
+def beside(rig: Rig, row: int, act: Callable[[], None]) -> None:
+    """One iteration of a job, and what happens while the model computes it."""
+    acted = False
+
+    def once() -> None:
+        nonlocal acted
+        if not acted:
+            acted = True
+            act()
+
+    rig.model.beside = once
+    rig.plan([row])
+    rig.step()
+    rig.model.beside = lambda: None
+    assert acted
+
+
+def computed(rig: Rig, *lengths: int) -> list[int]:
+    """Jobs with so many tokens on the device."""
+    jobs = [rig.job(range(length)) for length in lengths]
+    rig.run(dict.fromkeys(jobs, 50), 1)
+    return jobs
+
+
+def test_who_has_no_row_is_copied_while_others_compute() -> None:
+    """There and back within one iteration, in blocks that became free in it."""
+    rig = Rig(blocks=8)
+    runs, leaves = computed(rig, 9, 12)
+    back: list[int] = []
+
+    def act() -> None:
+        (out,), begun = rig.plan_beside(ops=[(OFFLOAD, leaves)])
+        assert begun == 1 and rig.mover.under_way
+        rig.mover.end_all()
+        rig.idle()
+        assert rig.ended[out].status is OpStatus.OK and rig.engine.pool.free == 5
+        numbers, begun = rig.plan_beside([runs], ops=[(UPLOAD, leaves)])
+        back.extend(numbers)
+        assert begun == 1
+        rig.mover.end_all()
+        rig.idle()
+        rig.check_blocks()
+
+    beside(rig, runs, act)
+    assert rig.ended[back[0]].status is OpStatus.OK and rig.ended[back[0]].tokens == 12
+    rig.run([runs, leaves], 3)
+    assert not rig.failed
+    rig.check_output()
+
+
+def test_who_has_a_row_waits_for_the_boundary_and_so_do_all_behind_it() -> None:
+    rig = Rig()
+    runs, other = computed(rig, 9, 5)
+    numbers: list[int] = []
+
+    def act() -> None:
+        (first, *behind), begun = rig.plan_beside(ops=[(OFFLOAD, runs), (OFFLOAD, other)])
+        numbers.extend([first, *behind])
+        assert begun == 0 and not rig.mover.under_way
+
+    beside(rig, runs, act)
+    assert [copy.job_id for copy in rig.mover.under_way] == ["job-1", "job-2"]
+    rig.mover.end_all()
+    rig.idle()
+    assert rig.ended[numbers[0]].tokens == 10  # with the token of the iteration
+
+
+def test_nothing_begins_before_what_an_earlier_plan_still_has_to_begin() -> None:
+    rig = Rig()
+    runs, other = computed(rig, 9, 5)
+    numbers: list[int] = []
+
+    def act() -> None:
+        first, begun = rig.plan_beside(ops=[(OFFLOAD, runs), (OFFLOAD, other)])
+        second, begun_too = rig.plan_beside(ops=[(RELEASE, other)])
+        numbers.extend([*first, *second])
+        assert (begun, begun_too) == (0, 0)
+
+    beside(rig, runs, act)
+    rig.mover.end_all()
+    rig.idle()
+    assert [rig.ended[number].status for number in numbers] == [OpStatus.OK] * 3
+    assert not rig.mover.host.get("job-2")
+
+
+def test_who_gets_a_row_with_an_earlier_plan_or_is_new_waits_too() -> None:
+    rig = Rig()
+    runs, other = computed(rig, 9, 5)
+
+    def act() -> None:
+        _, begun = rig.plan_beside([runs, other])
+        assert begun == 0
+        assert rig.plan_beside(ops=[(OFFLOAD, other)])[1] == 0
+        new = rig.job(range(4))
+        assert rig.plan_beside(ops=[(DROP_DEVICE, new)])[1] == 0
+
+    beside(rig, runs, act)
+    assert not rig.failed

@@ -33,6 +33,7 @@ class Disturber:
         self.moving: dict[int, tuple[OpKind, int]] = {}  # by op id: what, and the handle
         self.live: list[int] = []
         self.happened: Counter[str] = Counter()
+        self.rig.model.beside = self.beside
 
     def run(self) -> None:
         actions = {
@@ -105,6 +106,25 @@ class Disturber:
         numbers = self.rig.plan(ops=[(*op, self.random.randint(1, 3)) for op in ops])
         self.moving.update(zip(numbers, ops, strict=True))
 
+    def beside(self) -> None:
+        """While the model computes: copies end, and a plan comes."""
+        rig = self.rig
+        if self.random.random() < 0.3:
+            self.end_a_copy()
+        if self.random.random() < 0.2:
+            handles = self.random.choices(self.live, k=self.random.choice([0, 1, 1, 2]))
+            kinds = self.random.choices(MOVES, MOVE_WEIGHTS, k=len(handles))
+            ops = list(zip(kinds, handles, strict=True))
+            moving = {handle for _, handle in self.moving.values()} | set(handles)
+            rows = [handle for handle in self.some(0.7) if handle not in moving]
+            numbers, begun = rig.plan_beside(rows, [(*op, self.random.randint(1, 3)) for op in ops])
+            self.moving.update(zip(numbers, ops, strict=True))
+            self.happened["begun beside"] += begun
+            self.happened["to wait"] += begun < len(ops)
+            self.happened["behind a plan"] += len(rig.coming) > 1 and begun > 0
+        rig.idle()
+        rig.check_blocks()
+
     def end_a_copy(self) -> None:
         if self.rig.mover.under_way:
             self.rig.mover.end(self.random.randrange(len(self.rig.mover.under_way)))
@@ -137,6 +157,7 @@ class Disturber:
     def finish(self) -> None:
         """Every job that is left ends, with the right tokens; then nothing is held."""
         rig = self.rig
+        rig.model.beside = lambda: None
         rig.engine.detach()
         rig.mover.end_all()
         self.hear()
@@ -178,5 +199,5 @@ def test_the_disturbances_do_happen() -> None:
         disturber.run()
         happened += disturber.happened
     expected = {"OK", "LOST", "NO_HOST_SPACE", "NO_DEVICE_SPACE", "stalled", "COPY_OUT", "beside"}
-    expected |= {"cached", "kept", "from host"}
+    expected |= {"cached", "kept", "from host", "begun beside", "to wait", "behind a plan"}
     assert expected <= set(+happened)

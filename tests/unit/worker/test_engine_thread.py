@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import pytest
@@ -13,8 +14,6 @@ import pytest
 from fastserve.worker.engine import Engine, Iteration
 from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.job import OpResult, OpStatus
-from fastserve.worker.kv_ops import CopyEnd
-from fastserve.worker.staging.types import Copied
 from support.waiting import eventually
 
 
@@ -23,7 +22,7 @@ class _Broken:
 
     runnable = has_rows = False
 
-    def step(self) -> Iteration:
+    def step(self, computing: AbstractContextManager[None]) -> Iteration:
         raise RuntimeError("a bug")
 
     def ended_report(self) -> Iteration | None:
@@ -33,7 +32,7 @@ class _Broken:
 async def test_a_bug_ends_the_thread_and_is_told() -> None:
     thread = EngineThread(asyncio.get_running_loop())
     engine = _Broken()
-    thread.start(cast(Engine, engine), lambda _: None, lambda _: None)
+    thread.start(cast(Engine, engine), lambda _: None)
 
     def run(_: Engine) -> None:
         engine.runnable = True
@@ -46,7 +45,7 @@ async def test_a_bug_ends_the_thread_and_is_told() -> None:
 
 async def test_questions_are_answered_between_iterations() -> None:
     thread = EngineThread(asyncio.get_running_loop())
-    thread.start(cast(Engine, _Broken()), lambda _: None, lambda _: None)
+    thread.start(cast(Engine, _Broken()), lambda _: None)
     async with asyncio.timeout(10):
         assert await thread.ask(lambda engine: engine.runnable) is False
     await thread.stop()
@@ -61,7 +60,7 @@ class _Leased:
     def plan(self, *, rows: bool = True) -> None:
         self.runnable = self.has_rows = rows
 
-    def step(self) -> Iteration:
+    def step(self, computing: AbstractContextManager[None]) -> Iteration:
         self.runnable = False
         return Iteration(1, 1)
 
@@ -82,7 +81,7 @@ class _Ending(_Leased):
 async def test_what_ended_is_told_before_the_next_iteration_runs() -> None:
     thread = EngineThread(asyncio.get_running_loop())
     engine, seen = _Ending(), list[Iteration]()
-    thread.start(cast(Engine, engine), seen.append, lambda _: None)
+    thread.start(cast(Engine, engine), seen.append)
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 2)
     await thread.stop()
@@ -95,37 +94,81 @@ class _Long(_Leased):
     def __init__(self) -> None:
         self.begun, self.may_end = threading.Event(), threading.Event()
 
-    def step(self) -> Iteration:
-        self.begun.set()
-        self.may_end.wait(10)
-        return super().step()
+    def step(self, computing: AbstractContextManager[None]) -> Iteration:
+        with computing:
+            self.begun.set()
+            self.may_end.wait(10)
+        return super().step(computing)
 
 
-async def test_a_copy_that_ends_is_told_at_once_and_counts_before_the_plan_that_follows() -> None:
+class _Copying(_Long):
+    """Operations end when they are told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order, self.ops = list[str](), list[OpResult]()
+
+    def copied(self, number: int) -> None:
+        self.order.append(f"copied {number}")
+        self.ops.append(OpResult(number, OpStatus.OK, 16, 4096, 0.5))
+
+    def ended_report(self) -> Iteration | None:
+        ops, self.ops = self.ops, []
+        return Iteration(1, ops=ops) if ops else None
+
+
+async def test_while_the_model_computes_a_copy_ends_at_once_and_is_told() -> None:
     thread = EngineThread(asyncio.get_running_loop())
-    engine, order, told = _Long(), list[str](), list[OpResult]()
-    thread.start(cast(Engine, engine), lambda _: None, told.append)
+    engine, told = _Copying(), list[int]()
+    thread.start(cast(Engine, engine), lambda report: told.extend(op.op_id for op in report.ops))
     thread.post(lambda _: engine.plan())
     await eventually(engine.begun.is_set)
-    end = CopyEnd(
-        lambda status, copied: order.append("ended"),
-        lambda status, copied: OpResult(7, status, 16, copied.bytes, copied.seconds),
-    )
-    thread.ended(end, OpStatus.OK, Copied(16, 4096, 0.5))
-    assert told == [OpResult(7, OpStatus.OK, 16, 4096, 0.5)] and not order
-    thread.post(lambda _: order.append("planned"))
+    thread.post(lambda _: engine.order.append("planned"))
+    thread.soon(lambda _: engine.copied(7))  # however much waits for the boundary
+    assert engine.order == ["copied 7"] and told == [7]
     engine.may_end.set()
-    await eventually(lambda: order == ["ended", "planned"])
-    thread.ended(end, OpStatus.OK, Copied(16, 4096, 0.5))  # nothing runs: `run` sees to it
-    await eventually(lambda: order == ["ended", "planned", "ended"])
+    await eventually(lambda: engine.order == ["copied 7", "planned"])
+    thread.soon(lambda _: engine.copied(8))  # nothing runs: the thread has to be woken
+    await eventually(lambda: told == [7, 8])
+    assert thread.at_once(lambda _: True) is None
     await thread.stop()
-    assert len(told) == 1
+    assert thread.at_once(lambda _: True) is None
+
+
+async def test_what_is_asked_while_the_model_computes_is_answered_at_once() -> None:
+    thread = EngineThread(asyncio.get_running_loop())
+    engine = _Long()
+    assert thread.at_once(lambda _: 5) is None  # it has not started
+    thread.start(cast(Engine, engine), lambda _: None)
+    thread.post(lambda _: engine.plan())
+    await eventually(engine.begun.is_set)
+    assert thread.at_once(lambda _: 5) == 5
+    engine.may_end.set()
+    await thread.stop()
+
+
+async def test_a_bug_beside_an_iteration_is_told_too() -> None:
+    thread = EngineThread(asyncio.get_running_loop())
+    engine = _Long()
+    thread.start(cast(Engine, engine), lambda _: None)
+    thread.post(lambda _: engine.plan())
+    await eventually(engine.begun.is_set)
+
+    def bug(_: Engine) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        thread.soon(bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        await asyncio.wait_for(thread.failure, timeout=10)
+    engine.may_end.set()  # the lock is free again
+    await thread.stop()
 
 
 async def test_waiting_for_a_plan_counts_while_there_are_rows() -> None:
     thread = EngineThread(asyncio.get_running_loop())
     engine, seen = _Leased(), list[Iteration]()
-    thread.start(cast(Engine, engine), seen.append, lambda _: None)
+    thread.start(cast(Engine, engine), seen.append)
     thread.post(lambda _: engine.plan())
     await eventually(lambda: len(seen) == 1)
     waited = time.perf_counter()
@@ -151,29 +194,37 @@ class _Ringing(_Leased):
 
     def __init__(self, lease: int) -> None:
         self.lease, self.count = lease, 0
+        self.ops = list[OpResult]()
         self.held, self.may_ring, self.may_end = (threading.Event() for _ in range(3))
 
-    def step(self) -> Iteration:
+    def step(self, computing: AbstractContextManager[None]) -> Iteration:
         self.count += 1
         self.runnable = self.count < self.lease
         if not self.runnable:
-            self.held.set()
-            self.may_ring.wait(10)
-            if self.bell is not None:
-                os.eventfd_write(self.bell, 1)
-            self.may_end.wait(10)
+            with computing:
+                self.held.set()
+                self.may_ring.wait(10)
+                if self.bell is not None:
+                    os.eventfd_write(self.bell, 1)
+                self.may_end.wait(10)
         return Iteration(1, self.count)
+
+    def ended_report(self) -> Iteration | None:
+        ops, self.ops = self.ops, []
+        return Iteration(1, ops=ops) if ops else None
 
 
 def _ringing(lease: int, seen: list[Any]) -> tuple[EngineThread, _Ringing]:
-    """A thread whose engine has a bell; what it reports is in `seen`, copies as their op ids."""
+    """A thread whose engine has a bell; `seen` gets numbers of iterations and ids of copies."""
     thread, engine = EngineThread(asyncio.get_running_loop()), _Ringing(lease)
     engine.bell = thread.bell()
-    thread.start(
-        cast(Engine, engine),
-        lambda report: seen.append(report.iteration),
-        lambda end: seen.append(f"op {end.op_id}"),
-    )
+
+    def told(report: Iteration) -> None:
+        seen.extend(f"op {op.op_id}" for op in report.ops)
+        if report.iteration:
+            seen.append(report.iteration)
+
+    thread.start(cast(Engine, engine), told)
     thread.post(lambda _: engine.plan())
     return thread, engine
 
@@ -194,7 +245,7 @@ async def test_an_iteration_is_told_while_the_next_one_computes_and_the_last_one
 async def test_without_a_bell_an_iteration_is_told_before_the_next_one() -> None:
     seen = list[Any]()
     thread, engine = EngineThread(asyncio.get_running_loop()), _Ringing(2)
-    thread.start(cast(Engine, engine), lambda report: seen.append(report.iteration), seen.append)
+    thread.start(cast(Engine, engine), lambda report: seen.append(report.iteration))
     thread.post(lambda _: engine.plan())
     await eventually(lambda: seen == [1])
     engine.may_ring.set()
@@ -222,8 +273,7 @@ async def test_a_copy_that_ends_is_told_after_the_iteration_before() -> None:
     seen = list[Any]()
     thread, engine = _ringing(2, seen)
     await eventually(engine.held.is_set)
-    end = CopyEnd(lambda status, copied: None, lambda status, copied: OpResult(7, status))
-    thread.ended(end, OpStatus.OK, Copied(0, 0, 0.0))
+    thread.soon(lambda _: engine.ops.append(OpResult(7, OpStatus.OK, 16, 4096, 0.5)))
     assert seen == [1, "op 7"]
     engine.may_ring.set()
     engine.may_end.set()
@@ -255,7 +305,7 @@ async def test_a_bug_is_told_after_the_iterations_before_it() -> None:
     class Breaks(_Leased):
         count = 0
 
-        def step(self) -> Iteration:
+        def step(self, computing: AbstractContextManager[None]) -> Iteration:
             self.count += 1
             if self.count == 2:
                 raise RuntimeError("a bug")
@@ -263,7 +313,7 @@ async def test_a_bug_is_told_after_the_iterations_before_it() -> None:
 
     engine = Breaks()
     thread.failure.add_done_callback(lambda _: seen.append("bug"))
-    thread.start(cast(Engine, engine), lambda report: seen.append(report.iteration), seen.append)
+    thread.start(cast(Engine, engine), lambda report: seen.append(report.iteration))
     thread.post(lambda _: engine.plan())
     with pytest.raises(RuntimeError, match="a bug"):
         await asyncio.wait_for(thread.failure, timeout=10)

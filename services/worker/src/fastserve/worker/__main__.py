@@ -214,7 +214,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     gc.freeze()  # what is here now stays; to walk it again would hold up an iteration
     server = GrpcServer()
     pb_grpc.add_WorkerServiceServicer_to_server(worker, server.server)
-    thread.start(engine, worker.report, worker.report_end)
+    thread.start(engine, worker.report)
     try:
         info: dict[str, str | int] = {"address": await server.start(settings.listen, tls)}
         if settings.health_listen:

@@ -1,13 +1,15 @@
-"""The engine: one iteration after another, as the plan in force says. Synchronous, one owner.
+"""The engine: one iteration after another, as the plan in force says. Synchronous, for one caller
+at a time.
 
-Everything here runs on the engine thread. Copies between device and host are started through
-`KvMover` and come back as `finish_copy`; until then their blocks are left alone.
+Copies between device and host are started through `KvMover`; until it says that they have ended
+their blocks are left alone. While the model computes, others may act on jobs that have no row.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +26,7 @@ from fastserve.worker.model.sampling import Sampled, SampleRow, SamplingParams, 
 from fastserve.worker.prefix_cache import BlockKeys
 
 log = structlog.get_logger(__name__)
+_ALONE = nullcontext()
 
 
 class ForwardModel(Protocol):
@@ -159,6 +162,25 @@ class Engine:
         """Whether the plan in force has rows that have not finished."""
         return bool(self._rows)
 
+    def begin_ops(self, plan: Plan, before: Sequence[Plan]) -> int:
+        """Begin the operations of a plan that is not in force yet, as far as they can be begun
+        beside an iteration; returns how many. `before`: the plans that come into force before it.
+
+        They begin in their order, up to the first whose job has a row, or is new.
+        """
+        if any(other.ops for other in before):
+            return 0
+        busy = {job.handle for job, _ in self._rows}
+        for other in before:
+            busy.update(handle for handle, _ in other.rows)
+        busy.update(new.handle for other in (*before, plan) for new in other.new_jobs)
+        for number, op in enumerate(plan.ops):
+            job = self._by_handle.get(op.handle)
+            if job is None or op.handle in busy:
+                return number
+            self.kv_ops.enqueue(job, op)
+        return len(plan.ops)
+
     def apply(self, plan: Plan) -> None:
         """Put a plan in force. What is wrong with one job fails that job alone."""
         self._plan_id, self._lease = plan.plan_id, plan.lease
@@ -240,15 +262,18 @@ class Engine:
 
     # --- iterations --------------------------------------------------------------------------
 
-    def step(self) -> Iteration:
-        """Run one iteration of the plan in force. Call only if `runnable`."""
+    def step(self, computing: AbstractContextManager[None] = _ALONE) -> Iteration:
+        """Run one iteration of the plan in force. Call only if `runnable`.
+
+        computing: entered while the model computes.
+        """
         started, clock = time.time(), time.perf_counter()
         self._lease -= 1
         self._iterations += 1
         result = Iteration(self._plan_id, self._iterations, started=started)
         work = self._claim_blocks(result)
         if work:
-            self._forward(work, result)
+            self._forward(work, result, computing)
         self._rows = [row for row in self._rows if not row[0].finished]
         self._collect(result)
         result.seconds = time.perf_counter() - clock
@@ -314,7 +339,12 @@ class Engine:
             for block, key in zip(job.blocks[first:full], keys, strict=True):
                 self.pool.register(block, key)
 
-    def _forward(self, work: list[tuple[Job, int]], result: Iteration) -> None:
+    def _forward(
+        self,
+        work: list[tuple[Job, int]],
+        result: Iteration,
+        computing: AbstractContextManager[None],
+    ) -> None:
         batch = Batch(
             token_ids=[
                 token for job, n in work for token in job.tokens[job.computed : job.computed + n]
@@ -329,7 +359,8 @@ class Engine:
         )
         sampling = [work[row][0] for row in batch.logit_rows]
         try:
-            logits = self._model.forward(batch, self._kv)
+            with computing:
+                logits = self._model.forward(batch, self._kv)
             rows = [_sample_row(job) for job in sampling]
             chosen = sample(logits, rows, self._eos)
         except (RuntimeError, ValueError, IndexError) as error:

@@ -4,6 +4,9 @@ The event loop owns gRPC and the copies, the engine thread owns the engine. They
 of callables that the engine thread runs between iterations, so a newer plan takes effect at the
 next boundary. With nothing to run the thread blocks on the inbox.
 
+What does not concern the rows need not wait for a boundary, since jobs wait for it: while the model
+computes the thread leaves the engine alone, and the event loop may act on it (`soon`, `at_once`).
+
 Reports go the other way. A loop that is woken while the engine thread holds the interpreter lock
 can do no more than wait for it, and then has to be woken again. So a report waits until the thread
 blocks or the next iteration computes, where the kernels wake the loop (`bell`): they begin without
@@ -19,18 +22,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import structlog
 
 from fastserve.worker.engine import Engine, Iteration
-from fastserve.worker.job import OpResult, OpStatus
-from fastserve.worker.kv_ops import CopyEnd
-from fastserve.worker.staging import Copied
 
 log = structlog.get_logger(__name__)
 Report = Callable[[Iteration], None]
-ReportEnd = Callable[[OpResult], None]
+T = TypeVar("T")
+
+
+class _Computing:
+    """While the model computes: the engine thread does without the lock."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.release()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.acquire()
 
 
 class EngineThread:
@@ -39,21 +58,20 @@ class EngineThread:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._report: Report = lambda _: None
-        self._report_end: ReportEnd = lambda _: None
-        self._iterating = False
+        self._engine: Engine | None = None
+        # Of the engine. The thread has it but for `_Computing`, so whoever else gets it is alone.
+        self._lock = threading.Lock()
+        self._lock.acquire()
         self._reports: deque[Iteration] = deque()  # that the loop has not seen yet
         self._bell: int | None = None
         self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.failure: asyncio.Future[None] = loop.create_future()  # the bug that ended the thread
 
-    def start(self, engine: Engine, report: Report, report_end: ReportEnd) -> None:
-        """Start running; the engine belongs to the thread from now on.
-
-        `report` is called on the event loop for whatever there is to report, `report_end` for a
-        copy that ends while an iteration runs: then the next plan may be here when that is over.
-        """
-        self._report, self._report_end = report, report_end
+    def start(self, engine: Engine, report: Report) -> None:
+        """Start running; the engine belongs to the thread from now on. `report` is called on the
+        event loop for whatever there is to report."""
+        self._engine, self._report = engine, report
         self._thread = threading.Thread(target=self._guarded, args=(engine,), name="engine")
         self._thread.start()
 
@@ -75,13 +93,34 @@ class EngineThread:
         """Run `action(engine)` on the engine thread at the next iteration boundary."""
         self._inbox.put(action)
 
-    def ended(self, copy: CopyEnd, status: OpStatus, copied: Copied) -> None:
-        """A copy is over. Called on the event loop."""
-        early = copy.result(status, copied) if self._iterating and copy.result else None
-        self.post(lambda _: copy.run(status, copied))
-        if early is not None:
+    def at_once(self, action: Callable[[Engine], T]) -> T | None:
+        """Run `action(engine)` now, if the model computes: it must not touch what has a row. None:
+        it does not. What ends by that is told at once. Called on the event loop.
+        """
+        if self._engine is None or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            done = action(self._engine)
+            ended = self._engine.ended_report()
+        except Exception as bug:
+            self._failed(bug)
+            raise
+        finally:
+            self._lock.release()
+        if ended is not None:
             self._deliver()  # those before it come first
-            self._report_end(early)
+            self._report(ended)
+        return done
+
+    def soon(self, action: Callable[[Engine], None]) -> None:
+        """`at_once` if that is possible, else like `post`."""
+
+        def run(engine: Engine) -> bool:
+            action(engine)
+            return True
+
+        if not self.at_once(run):
+            self.post(action)
 
     async def ask(self, question: Callable[[Engine], Any]) -> Any:
         """Like `post`, and wait for the result."""
@@ -112,9 +151,14 @@ class EngineThread:
         except Exception as bug:
             log.exception("the engine thread failed")
             self._wake()
-            self._loop.call_soon_threadsafe(self.failure.set_exception, bug)
+            self._loop.call_soon_threadsafe(self._failed, bug)
+
+    def _failed(self, bug: Exception) -> None:
+        if not self.failure.done():
+            self.failure.set_exception(bug)
 
     def _run(self, engine: Engine) -> None:
+        computing = _Computing(self._lock)
         left_at: float | None = None  # the last iteration ended and left rows
         acted = False  # since the last iteration, so there may be more to report
         while True:
@@ -128,9 +172,7 @@ class EngineThread:
                 if self._bell is None:  # else the iteration does it
                     self._wake()
                 began = time.perf_counter()
-                self._iterating = True
-                iteration = engine.step()
-                self._iterating = False
+                iteration = engine.step(computing)
                 if left_at is not None:
                     iteration.control_seconds = began - left_at
                 left_at = time.perf_counter() if engine.has_rows else None

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from fastserve.worker.block_pool import BlockPool, NoFreeBlock
 from fastserve.worker.job import Job, OpStatus
-from fastserve.worker.kv_ops import CopyDone, CopyEnd, KvOps
+from fastserve.worker.kv_ops import CopyDone, KvOps
 from fastserve.worker.staging.types import Copied
 
 # Blocks in a copy out: at least that share of the device, since a copy costs as much for calls as
@@ -49,7 +49,7 @@ class CacheMover(Protocol):
         """Copy out as many blocks as the host has room for, then keep those for which `intact`
         gives a key. It is called after the copy, on any thread."""
 
-    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyEnd) -> None:
+    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyDone) -> None:
         """Copy in the longest run that the host has. The other blocks hold nothing of use."""
 
 

@@ -7,7 +7,6 @@ it reads or writes stay with the job, so nothing can reuse them early.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from fastserve.worker.block_pool import BlockPool, NoFreeBlock
@@ -17,23 +16,8 @@ from fastserve.worker.staging.types import BlockRef, Copied, Place
 CopyDone = Callable[[OpStatus, Copied], None]
 
 
-@dataclass(frozen=True, slots=True)
-class CopyEnd:
-    """What follows a copy.
-
-    run: on the engine thread, between iterations. result: what the scheduler can be told at once,
-    on any thread, as long as it does not act on it before `run`; None: `run` sees to it.
-    """
-
-    run: CopyDone
-    result: Callable[[OpStatus, Copied], OpResult] | None = None
-
-    def __call__(self, status: OpStatus, copied: Copied) -> None:
-        self.run(status, copied)
-
-
 class KvMover(Protocol):
-    """Starts a copy and calls `done` on the engine thread once it is over.
+    """Starts a copy, and calls `done` with the engine's lock once it is over.
 
     generation: life of the sidecar; a change means that what it held is lost.
     """
@@ -41,13 +25,13 @@ class KvMover(Protocol):
     @property
     def generation(self) -> int: ...
 
-    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyEnd) -> None: ...
+    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None: ...
 
-    def load(self, job_id: str, blocks: Sequence[int], done: CopyEnd) -> None: ...
+    def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None: ...
 
-    def release(self, job_id: str, done: CopyEnd) -> None: ...
+    def release(self, job_id: str, done: CopyDone) -> None: ...
 
-    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyEnd) -> None:
+    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
         """`store`, then send all that is on the host. `Copied.tokens`: of what was stored, which
         may have gone well when the sending did not."""
 
@@ -94,9 +78,8 @@ class KvOps:
     def fence(
         self,
         job: Job,
-        start: Callable[[CopyEnd], None],
+        start: Callable[[CopyDone], None],
         ended: CopyDone,
-        result: Callable[[OpStatus, Copied], OpResult] | None = None,
     ) -> None:
         """Start a copy that touches blocks of a job: its operations wait until it has ended."""
         job.copying = True
@@ -108,7 +91,7 @@ class KvOps:
             ended(status, copied)
             self._start(job)
 
-        start(CopyEnd(done, result))
+        start(done)
 
     def _start(self, job: Job) -> None:
         """Run queued operations until one has to wait for a copy."""
@@ -192,26 +175,18 @@ class KvOps:
         blocks = list(job.blocks)
         self._copy(job, lambda done: self._mover.load(job.job_id, blocks, done), op)
 
-    def _copy(self, job: Job, start: Callable[[CopyEnd], None], op: Op, stored: int = 0) -> None:
+    def _copy(self, job: Job, start: Callable[[CopyDone], None], op: Op, stored: int = 0) -> None:
         """stored: tokens on the host when a COPY_OUT or EXPORT is over."""
-        told = False
-
-        def result(status: OpStatus, copied: Copied) -> OpResult:
-            # Nothing that counts here changes while the copy is under way.
-            nonlocal told
-            told = True
-            tokens = _moved(job, op, status, copied, stored)
-            return OpResult(op.op_id, status, tokens, copied.bytes, copied.seconds)
 
         def ended(status: OpStatus, copied: Copied) -> None:
-            if not told and job.ops and job.ops[0] is op:  # else the stream was reset meanwhile
-                self._results.append(result(status, copied))
-            self._copied(job, op, status, copied, _moved(job, op, status, copied, stored))
-            if job.ops and job.ops[0] is op:
+            tokens = _moved(job, op, status, copied, stored)
+            self._copied(job, op, status, copied, tokens)
+            if job.ops and job.ops[0] is op:  # else the stream was reset meanwhile
                 job.ops.popleft()
+                result = OpResult(op.op_id, status, tokens, copied.bytes, copied.seconds)
+                self._results.append(result)
 
-        # A job that is released may come again, and must not before it is forgotten here.
-        self.fence(job, start, ended, result if op.kind is not OpKind.RELEASE else None)
+        self.fence(job, start, ended)
 
     def _copied(self, job: Job, op: Op, status: OpStatus, copied: Copied, tokens: int) -> None:
         """What a copy that is over changes. tokens: see `_moved`."""

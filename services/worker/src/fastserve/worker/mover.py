@@ -1,7 +1,4 @@
-"""Copies between device and host beside the engine: started from its thread, run on the event loop.
-
-How they end comes back to the engine thread by its inbox.
-"""
+"""Copies between device and host beside the engine. They run on the event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import structlog
 
 from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.job import OpStatus
-from fastserve.worker.kv_ops import CopyDone, CopyEnd
+from fastserve.worker.kv_ops import CopyDone
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.staging import (
     BlockRef,
@@ -32,7 +29,7 @@ _NOTHING = Copied(0, 0, 0.0)
 
 
 class StagingMover:
-    """Mover over KvStaging: copies run on the event loop's side, results come back by inbox."""
+    """Mover over KvStaging."""
 
     def __init__(
         self,
@@ -57,13 +54,13 @@ class StagingMover:
     def generation(self) -> int:
         return self.staging.generation if self.staging is not None else 0
 
-    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyEnd) -> None:
+    def store(self, job_id: str, blocks: Sequence[BlockRef], done: CopyDone) -> None:
         async def run(staging: KvStaging) -> Copied:
             return await staging.store(job_id, blocks)
 
         self._start("out", run, done)
 
-    def load(self, job_id: str, blocks: Sequence[int], done: CopyEnd) -> None:
+    def load(self, job_id: str, blocks: Sequence[int], done: CopyDone) -> None:
         async def run(staging: KvStaging) -> Copied:
             return await staging.load(job_id, blocks)
 
@@ -83,22 +80,22 @@ class StagingMover:
         async def run(staging: KvStaging) -> Copied:
             return await staging.save(blocks, intact)
 
-        self._start("out", run, CopyEnd(done))
+        self._start("out", run, done)
 
-    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyEnd) -> None:
+    def fetch(self, keys: Sequence[bytes], blocks: Sequence[int], done: CopyDone) -> None:
         async def run(staging: KvStaging) -> Copied:
             return await staging.fetch(keys, blocks)
 
         self._start("in", run, done)
 
-    def release(self, job_id: str, done: CopyEnd) -> None:
+    def release(self, job_id: str, done: CopyDone) -> None:
         async def run(staging: KvStaging) -> Copied:
             await staging.release([job_id])
             return _NOTHING
 
         self._start("", run, done)
 
-    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyEnd) -> None:
+    def export(self, job_id: str, blocks: Sequence[BlockRef], to: Place, done: CopyDone) -> None:
         self._begin(lambda: self._export(job_id, blocks, to), done)
 
     def allow_exports(self, allowed: bool) -> None:
@@ -137,16 +134,16 @@ class StagingMover:
         self,
         direction: str,
         run: Callable[[KvStaging], Coroutine[Any, Any, Copied]],
-        done: CopyEnd,
+        done: CopyDone,
     ) -> None:
         self._begin(lambda: self._outcome(direction, run), done)
 
     def _begin(
-        self, outcome: Callable[[], Coroutine[Any, Any, tuple[OpStatus, Copied]]], done: CopyEnd
+        self, outcome: Callable[[], Coroutine[Any, Any, tuple[OpStatus, Copied]]], done: CopyDone
     ) -> None:
         async def task() -> None:
             status, copied = await outcome()
-            self._thread.ended(done, status, copied)
+            self._thread.soon(lambda _: done(status, copied))
 
         def begin() -> None:
             started = self._loop.create_task(task())

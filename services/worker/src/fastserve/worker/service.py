@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import grpc
@@ -12,9 +14,8 @@ import structlog
 
 from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
-from fastserve.worker.engine import Engine, Iteration
+from fastserve.worker.engine import Engine, Iteration, Plan
 from fastserve.worker.engine_thread import EngineThread
-from fastserve.worker.job import OpResult
 from fastserve.worker.metrics import Metrics
 from fastserve.worker.mover import StagingMover
 from fastserve.worker.staging import SidecarLost
@@ -40,6 +41,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
         self._description = description
         self._engine = engine  # touched by the engine thread only, but for `pool.free`
         self._thread, self._mover = thread, mover
+        self._waiting: deque[Plan] = deque()  # that take effect with the next iteration
         self._metrics = metrics
         self._tracer = IterationTracer()
         self._outgoing: asyncio.Queue[pb.IterationReport | None] | None = None
@@ -158,10 +160,20 @@ class Worker(pb_grpc.WorkerServiceServicer):
                     self.drain(request.plan.drain)
                 if request.plan.may_leave:
                     self._may_leave.set()
-                plan = plan_from(request.plan)
-                self._thread.post(lambda engine, plan=plan: engine.apply(plan))  # type: ignore[misc]
+                self._hand_over(plan_from(request.plan))
         finally:
             outgoing.put_nowait(None)
+
+    def _hand_over(self, plan: Plan) -> None:
+        """To the engine: it takes effect at the next boundary, but copies for jobs that have no row
+        begin now."""
+        waiting = self._waiting
+        if plan.ops:
+            begun = self._thread.at_once(lambda engine: engine.begin_ops(plan, waiting))
+            if begun:
+                plan = replace(plan, ops=plan.ops[begun:])
+        waiting.append(plan)
+        self._thread.post(lambda engine: engine.apply(waiting.popleft()))
 
     async def _take_stock(self, plan_id: int) -> pb.IterationReport:
         """Wait for copies under way, then put the engine at the start of a new stream."""
@@ -205,10 +217,6 @@ class Worker(pb_grpc.WorkerServiceServicer):
     def _free_host(self) -> int:
         staging = self._mover.staging
         return staging.free_host_blocks if staging is not None else 0
-
-    def report_end(self, op: OpResult) -> None:
-        """Called on the event loop when a KV operation has ended while an iteration runs."""
-        self.report(Iteration(self._plan_id, ops=[op]))
 
     def report(self, iteration: Iteration) -> None:
         """Called on the event loop for everything the engine has to say."""
