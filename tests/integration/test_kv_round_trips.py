@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,9 @@ TOKENS = 24  # of every answer
 MOST = 56  # of a prompt
 DEVICE = 200  # tokens: two and a half of the longest jobs fit
 ROOMY = 1600
-# Blocks in host memory and on the disk: all jobs of a load fit, on the host or mostly on the disk.
-TIERS = {"host": (1200, 0), "disk": (40, 1200)}
+# Tokens in host memory and on the disk: all jobs of a load fit, on the host, or all but the two
+# that were put aside last on the disk.
+TIERS = {"host": (9600, 0), "disk": (2 * (MOST + TOKENS), 9600)}
 # How KV caches make room, through which tier; the last two have no use for one.
 STRATEGIES = [
     ("proactive", "host"),
@@ -57,6 +58,7 @@ class Texts:
     block: int  # tokens in a KV block
     prompts: list[list[int]]
     expected: list[list[int]]
+    seconds_of: Callable[[int], float] | None = None  # as for `local_worker`
 
 
 async def undisturbed(
@@ -81,6 +83,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(folder, torch.float32, torch.device("cpu"))
 
 
+def _of_a_larger_model(tokens: int) -> float:
+    """Seconds of an iteration, for a scheduler that asks whether it is quicker to copy KV or to
+    compute it again. A tiny model is about as fast as copies, so whether there are any would depend
+    on the load of the machine; this one is slower, but for short jobs when few are left."""
+    return 0.1 + 0.001 * tokens
+
+
 _computed: dict[str, Texts] = {}  # the undisturbed runs, by fixture: once is enough
 
 
@@ -89,7 +98,8 @@ async def quick(tiny: Model, tmp_path: Path) -> Texts:
     """A fifth of the prompts and a tiny model, in PyTorch."""
     if "quick" not in _computed:
         prompts = [byte_tokenizer().encode(text).ids[:MOST] for text in hundred_prompts()[::5]]
-        _computed["quick"] = await undisturbed(tiny, 8, tmp_path, prompts)
+        texts = await undisturbed(tiny, 8, tmp_path, prompts)
+        _computed["quick"] = replace(texts, seconds_of=_of_a_larger_model)
     return _computed["quick"]
 
 
@@ -110,7 +120,7 @@ async def whole(default_model: AnyModel, default_tokenizer: Tokenizer, tmp_path:
 
 @contextlib.contextmanager
 def sidecar(folder: Path, texts: Texts, tier: str) -> Iterator[Running]:
-    host, disk = TIERS[tier]
+    host, disk = (tokens // texts.block for tokens in TIERS[tier])
     flags = ["--listen", f"unix:{folder}/kv", "--pool-dir", str(folder)]
     flags += ["--host-blocks", str(host)]
     if disk:
@@ -132,13 +142,14 @@ async def watched(texts: Texts, folder: Path, tier: str) -> AsyncIterator[LocalW
             blocks=blocks,
             block_size=texts.block,
             sidecar=process.info["address"],
+            seconds_of=texts.seconds_of,
         ) as worker:
             yield worker
             await eventually(lambda: worker.free_blocks == blocks, "free device blocks")
         assert worker.mover.different == []
         read = 'fastserve_kv_tier_bytes_total{direction="in",tier="disk"}'
-        if tier == "disk" and worker.mover.blocks["compared"]:
-            assert process.metrics()[read] > 0, "nothing came from the disk"
+        if tier == "disk":
+            assert process.metrics().get(read), "nothing came from the disk"
 
 
 # --- by hand: any job at any iteration ------------------------------------------------------------

@@ -15,7 +15,7 @@ from fastserve.proto.v1 import worker_pb2 as pb
 from fastserve.proto.v1 import worker_pb2_grpc as pb_grpc
 from fastserve.worker.block_pool import BlockPool
 from fastserve.worker.calibrate import measure
-from fastserve.worker.engine import Engine
+from fastserve.worker.engine import Engine, Iteration
 from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.job import OpStatus
 from fastserve.worker.kv_ops import CopyDone
@@ -139,12 +139,17 @@ async def local_worker(
     block_size: int,
     rows: int = 4,
     sidecar: str | None = None,
+    seconds_of: Callable[[int], float] | None = None,
 ) -> AsyncIterator[LocalWorker]:
     """Serves on a socket in `folder`, as `fastserve.worker` does; without a sidecar, or with one
-    at this address."""
+    at this address. seconds_of: what it says that an iteration of so many tokens took (default:
+    what it measured)."""
     loop = asyncio.get_running_loop()
     kv = KvCache(model.config, blocks, block_size, model.dtype, model.device)
     prefill, decode = measure(model, kv, 64)
+    if seconds_of is not None:
+        for sample in (prefill, decode):
+            sample.seconds = seconds_of(sample.new_tokens)
     metrics = Metrics("local", block_size, blocks)
     epoch = next(_EPOCHS)
     staging = None
@@ -182,7 +187,13 @@ async def local_worker(
     worker = Worker(description, engine, thread, mover, metrics)
     server = GrpcServer()
     pb_grpc.add_WorkerServiceServicer_to_server(worker, server.server)
-    thread.start(engine, worker.report)
+
+    def report(iteration: Iteration) -> None:
+        if seconds_of is not None:
+            iteration.seconds = seconds_of(sum(new for _, new, _ in iteration.rows))
+        worker.report(iteration)
+
+    thread.start(engine, report)
     try:
         address = await server.start(f"unix:{folder}/local-{epoch}")
         yield LocalWorker(address, engine, mover)
