@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +136,38 @@ async def test_probes_see_the_health_and_nothing_else_without_a_certificate() ->
         assert not silent.asked
     finally:
         await server.stop(0)
+
+
+_COUNT_SWITCHES = """
+import asyncio
+from pathlib import Path
+from fastserve.common.rpc import GrpcServer, channel
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+def switches():
+    threads = [task for task in Path("/proc/self/task").iterdir()
+               if (task / "comm").read_text().startswith("event_engine")]
+    return sum(int((task / "schedstat").read_text().split()[2]) for task in threads)
+
+async def main():
+    server = GrpcServer()
+    async with channel(await server.start("127.0.0.1:0")) as connection:
+        stub = health_pb2_grpc.HealthStub(connection)
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        before = switches()
+        for _ in range(100):
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        print(switches() - before)
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+
+
+def test_messages_do_not_pass_through_threads_of_an_event_engine() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COUNT_SWITCHES],
+        env=environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) < 50  # of 100 calls; with an event engine about ten for each

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import pytest
 from fastserve.worker.engine import Engine, Iteration
 from fastserve.worker.engine_thread import EngineThread
 from fastserve.worker.job import OpResult, OpStatus
+from fastserve.worker.model.sampling import Sampled
 from support.waiting import eventually
 
 
@@ -192,9 +194,11 @@ class _Ringing(_Leased):
 
     bell: int | None = None
 
-    def __init__(self, lease: int) -> None:
+    def __init__(self, lease: int, first: Iteration | None = None) -> None:
         self.lease, self.count = lease, 0
         self.ops = list[OpResult]()
+        self.first = first  # what its first iteration did
+        self.on_first: Callable[[], None] = lambda: None
         self.held, self.may_ring, self.may_end = (threading.Event() for _ in range(3))
 
     def step(self, computing: AbstractContextManager[None]) -> Iteration:
@@ -207,6 +211,9 @@ class _Ringing(_Leased):
                 if self.bell is not None:
                     os.eventfd_write(self.bell, 1)
                 self.may_end.wait(10)
+        if self.count == 1 and self.first is not None:
+            self.on_first()
+            return self.first
         return Iteration(1, self.count)
 
     def ended_report(self) -> Iteration | None:
@@ -214,9 +221,11 @@ class _Ringing(_Leased):
         return Iteration(1, ops=ops) if ops else None
 
 
-def _ringing(lease: int, seen: list[Any]) -> tuple[EngineThread, _Ringing]:
+def _ringing(
+    lease: int, seen: list[Any], first: Iteration | None = None
+) -> tuple[EngineThread, _Ringing]:
     """A thread whose engine has a bell; `seen` gets numbers of iterations and ids of copies."""
-    thread, engine = EngineThread(asyncio.get_running_loop()), _Ringing(lease)
+    thread, engine = EngineThread(asyncio.get_running_loop()), _Ringing(lease, first)
     engine.bell = thread.bell()
 
     def told(report: Iteration) -> None:
@@ -252,6 +261,42 @@ async def test_without_a_bell_an_iteration_is_told_before_the_next_one() -> None
     engine.may_end.set()
     await eventually(lambda: seen == [1, 2])
     await thread.stop()
+
+
+FIRST = Iteration(1, 1, rows=[(7, 44, 44)], sampled=[(7, 0, Sampled(5), "")])
+SECOND = Iteration(1, 1, rows=[(7, 1, 45)], sampled=[(7, 1, Sampled(5), "")])
+CHUNK = Iteration(1, 1, rows=[(7, 44, 44)])
+BESIDE = Iteration(1, 1, rows=[(7, 44, 44), (8, 1, 60)], sampled=[(7, 0, Sampled(5), "")])
+
+
+@pytest.mark.parametrize(
+    ("iteration", "at_once"), [(FIRST, True), (SECOND, False), (CHUNK, False), (BESIDE, False)]
+)
+async def test_the_first_token_of_a_job_alone_is_told_before_the_next_iteration(
+    iteration: Iteration, at_once: bool
+) -> None:
+    seen = list[Any]()
+    thread, engine = _ringing(2, seen, iteration)
+    await eventually(engine.held.is_set)  # and nobody rang
+    await asyncio.sleep(0)  # for what has woken the loop
+    assert seen == ([1] if at_once else [])
+    engine.may_ring.set()
+    engine.may_end.set()
+    await thread.stop()
+    assert seen == [1, 2]
+
+
+async def test_a_plan_that_waits_is_not_held_up_by_a_first_token() -> None:
+    seen = list[Any]()
+    thread, engine = _ringing(2, seen, FIRST)
+    engine.on_first = lambda: thread.post(lambda _: seen.append("planned"))
+    await eventually(engine.held.is_set)
+    await asyncio.sleep(0)
+    assert seen == ["planned"]  # nothing was told: the bell of the next iteration will do
+    engine.may_ring.set()
+    engine.may_end.set()
+    await thread.stop()
+    assert seen == ["planned", 1, 2]
 
 
 async def test_reports_come_before_the_answer_to_a_later_question() -> None:

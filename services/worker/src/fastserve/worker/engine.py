@@ -85,6 +85,11 @@ class Iteration:
     context_tokens: int = 0
     traceparents: list[str] = field(default_factory=list)
 
+    @property
+    def begins_alone(self) -> bool:
+        """Whether it had one row and gave that job its first token."""
+        return len(self.rows) == 1 and any(index == 0 for _, index, _, _ in self.sampled)
+
 
 class Engine:
     """Jobs, their KV blocks, and the plan in force."""

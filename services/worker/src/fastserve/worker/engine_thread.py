@@ -11,6 +11,10 @@ Reports go the other way. A loop that is woken while the engine thread holds the
 can do no more than wait for it, and then has to be woken again. So a report waits until the thread
 blocks or the next iteration computes, where the kernels wake the loop (`bell`): they begin without
 the lock.
+
+The first token of a job that is alone has four processes to pass, and kernels on all cores make it
+wait for a core in each of them. So it gets a head start before the next iteration; where other jobs
+would have to wait as well it gets none.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -32,6 +36,8 @@ from fastserve.worker.engine import Engine, Iteration
 log = structlog.get_logger(__name__)
 Report = Callable[[Iteration], None]
 T = TypeVar("T")
+
+_HEAD_START_S: Final = 0.0015  # a token is in Redis by then, if the cores are idle
 
 
 class _Computing:
@@ -177,6 +183,8 @@ class EngineThread:
                     iteration.control_seconds = began - left_at
                 left_at = time.perf_counter() if engine.has_rows else None
                 self._reports.append(iteration)
+                if self._bell is not None and iteration.begins_alone:
+                    self._head_start(engine)
                 continue
             if self._inbox.empty():  # it may be long until the next iteration
                 self._wake()
@@ -189,6 +197,12 @@ class EngineThread:
                 left_at = None  # nothing to do is no overhead
             if not engine.runnable:
                 self._emit_ended(engine)
+
+    def _head_start(self, engine: Engine) -> None:
+        """Leave the cores to the first token of a job, if it is still alone."""
+        if engine.runnable and self._inbox.empty():
+            self._wake()
+            time.sleep(_HEAD_START_S)
 
     def _emit_ended(self, engine: Engine) -> None:
         ended = engine.ended_report()

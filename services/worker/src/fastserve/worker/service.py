@@ -221,8 +221,6 @@ class Worker(pb_grpc.WorkerServiceServicer):
     def report(self, iteration: Iteration) -> None:
         """Called on the event loop for everything the engine has to say."""
         free = self._engine.pool.free
-        self._metrics.observe(iteration, free)
-        self._tracer.observe(iteration)
         self._plan_id = iteration.plan_id
         if self._outgoing is not None:
             report = report_from(iteration, self._description.epoch, free, self._free_host)
@@ -230,3 +228,9 @@ class Worker(pb_grpc.WorkerServiceServicer):
             if self._peers != self._told:
                 report.place.CopyFrom(self._place())
             self._outgoing.put_nowait(report)
+        # Once it has left: somebody may wait for its tokens.
+        asyncio.get_running_loop().call_soon(self._observe, iteration, free)
+
+    def _observe(self, iteration: Iteration, free: int) -> None:
+        self._metrics.observe(iteration, free)
+        self._tracer.observe(iteration)
