@@ -51,14 +51,14 @@ def _stays(group: Group, victim: Job) -> bool:
 
 def copies_s(group: Group, out: int, back: int) -> float:
     """Seconds that a job cannot run for when so many blocks of it leave and come back."""
-    # Each copy begins at the end of an iteration, and is seen to be over at the end of another one.
+    # Beside the copies: it loses its row at the end of an iteration, and gets one at that of another.
     return group.outward.alone(out) + group.inward.alone(back) + 4 * group.cost.decode_s
 
 
 def upload_s(group: Group, job: Job) -> float:
     """Seconds until it can run if its upload begins now."""
     copied = group.inward.seconds(group.blocks(job.host_tokens))
-    # It begins at the end of an iteration, and is seen to be over at the end of another one.
+    # The plan for it comes while an iteration runs, and a row begins when another one is over.
     return copied + 2 * group.cost.decode_s
 
 

@@ -212,7 +212,7 @@ def reserve_blocks(group: Group, now: float) -> int:
     if group.config.kv_reserve_blocks is not None:
         return min(group.config.kv_reserve_blocks, group.info.device_blocks)
     iteration_s = group.cost.decode_s
-    # A copy begins at the end of an iteration and is seen to be over at the end of another one.
+    # The copy begins within an iteration, and what it frees is used by one that begins after it.
     lead_s = 2 * iteration_s + group.outward.seconds(group.outward.usual)
     growth = group.running * lead_s / iteration_s / group.info.block_size
     wanted = math.ceil(group.newcomers.most(lead_s, now) + growth)
