@@ -278,7 +278,7 @@ def test_who_joins_while_an_older_plan_runs_never_needs_more_than_it_booked() ->
     group.send(4, [a.decode_row(), b.decode_row()], {a, b})
     group.set_kv(b, KvState.OFFLOADING)
     assert b.booked == booked == 3  # 8 tokens and 4 iterations in blocks of 4
-    group.reached(2, 1)
+    group.reached(2, 1, rows=2, seconds=0.01)
     assert (group.pending(a), group.pending(b)) == (3, 3)
 
 

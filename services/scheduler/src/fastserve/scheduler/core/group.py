@@ -36,6 +36,7 @@ class SentPlan:
     lease_left: int
     rows: list[PlanRow]
     jobs: set[Job]  # of the rows
+    held_up: int  # jobs that should have a row beside these, but wait for a copy
 
 
 @dataclass(slots=True)
@@ -87,7 +88,7 @@ class Group:
     guests: dict[Job, None] = field(default_factory=dict)
     #   jobs that had a row elsewhere and came here to go on, until they lose it
     planned_at: float = 0.0  # the last plan was made then
-    held_up: int = 0  # jobs among the first of the order, since then, that wait for a copy
+    held_up: int = 0  # jobs that should have a row by it, but wait for a copy
     kv_wait_s: float = 0.0  # seconds of such waits, all jobs together
     row_s: float = 0.0  # seconds with a row, likewise
 
@@ -268,10 +269,9 @@ class Group:
         return rows + more, min(tokens + more, self.max_tokens)
 
     def clock(self, now: float) -> None:
-        """Count the time since the last plan was made."""
-        seconds = now - self.planned_at
-        self.kv_wait_s += self.held_up * seconds
-        self.row_s += self.running * seconds
+        """A plan is made: count the time since the last one, if that let nobody run."""
+        if not self.running:
+            self.kv_wait_s += self.held_up * (now - self.planned_at)
         self.planned_at = now
 
     def operation(self, kind: KvOpKind, job: Job, now: float, blocks: int = 0) -> int:
@@ -336,18 +336,21 @@ class Group:
     def send(self, lease: int, rows: list[PlanRow], jobs: set[Job]) -> int:
         """Note a plan that goes out, with its jobs; returns its id. Its rows are booked already."""
         self.plan_id += 1
-        self.plans.append(SentPlan(self.plan_id, lease, rows, jobs))
+        self.plans.append(SentPlan(self.plan_id, lease, rows, jobs, self.held_up))
         self.outstanding += lease
         for job in jobs:
             job.last_plan = self.plan_id
         return self.plan_id
 
-    def reached(self, plan_id: int, iterations: int) -> None:
-        """The worker has this plan in force and ran so many iterations (0 or 1) more of it."""
+    def reached(self, plan_id: int, iterations: int, rows: int, seconds: float) -> None:
+        """The worker has this plan in force and ran so many iterations (0 or 1) more of it, of so
+        many rows, which took so long."""
         while self.plans and self.plans[0].plan_id < plan_id:
             self._unplan(self.plans.popleft())
         if iterations and self.plans and self.plans[0].plan_id == plan_id:
             plan = self.plans[0]
+            self.kv_wait_s += plan.held_up * seconds
+            self.row_s += rows * seconds
             if plan.lease_left:
                 plan.lease_left -= 1
                 self.outstanding -= 1

@@ -66,6 +66,8 @@ def make_plan(group: Group, now: float, tell: Tell, counters: Counter[str]) -> P
         del group.renew[job]
     quiet = not draft.ops and not group.restate and not group.introduce
     if quiet and _goes_on(group, draft.rows):
+        if group.plans:
+            group.plans[-1].held_up = group.held_up
         return None
     introduce, group.introduce = group.introduce, {}
     group.restate = False

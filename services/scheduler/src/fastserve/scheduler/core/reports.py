@@ -52,7 +52,7 @@ class ReportReader:
             ended.add(done.op_id)
         _check_sense(group, report)
         group.iteration += bool(report.iteration)
-        group.reached(report.plan_id, bool(report.iteration))
+        group.reached(report.plan_id, bool(report.iteration), len(report.rows), report.seconds)
         progress = Progress([], [])
         for job_id, tokens in report.cached:
             self._began(group, job_id, tokens)

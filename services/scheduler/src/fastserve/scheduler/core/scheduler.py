@@ -347,7 +347,10 @@ class Scheduler:
 
     def kv_wait(self) -> tuple[float, float]:
         """Seconds that jobs among the first of the order waited for KV on its way, and seconds of
-        execution (with a row), all jobs together. Neither ever falls."""
+        execution (with a row), all jobs together. Neither ever falls.
+
+        By iterations: a plan takes effect with the next one, whatever copies take until then.
+        """
         waited, ran = self._past_kv_wait
         groups = self._groups.values()
         return (
