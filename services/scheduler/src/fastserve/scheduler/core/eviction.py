@@ -51,7 +51,7 @@ def _stays(group: Group, victim: Job) -> bool:
 
 def copies_s(group: Group, out: int, back: int) -> float:
     """Seconds that a job cannot run for when so many blocks of it leave and come back."""
-    # Beside the copies: it loses its row at the end of an iteration, and gets one at that of another.
+    # Beside the copies: it loses its row with the end of an iteration, and gets one with another.
     return group.outward.alone(out) + group.inward.alone(back) + 4 * group.cost.decode_s
 
 
