@@ -363,11 +363,11 @@ class Engine:
             tops=[job.params.top for job, n in work if job.computed + n == len(job.tokens)],
         )
         sampling = [work[row][0] for row in batch.logit_rows]
+        rows = [_sample_row(job) for job in sampling]
         try:
-            with computing:
+            with computing:  # a GPU does until its choice is here
                 logits = self._model.forward(batch, self._kv)
-            rows = [_sample_row(job) for job in sampling]
-            chosen = sample(logits, rows, self._eos)
+                chosen = sample(logits, rows, self._eos)
         except (RuntimeError, ValueError, IndexError) as error:
             log.exception("the iteration failed")
             for job, _ in work:

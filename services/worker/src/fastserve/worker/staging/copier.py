@@ -77,8 +77,8 @@ def _fastest_copy() -> Callable[[Bytes, Bytes], None]:
 class CudaLane:
     """Copies on streams of their own, one per direction, beside the model's.
 
-    They begin between iterations, when the sampled tokens are on the host and so all KV is written:
-    there is nothing on the model's stream to wait for.
+    What they read was written by iterations whose tokens are on the host, and what they write no
+    iteration under way uses: there is nothing on the model's stream to wait for.
     """
 
     def __init__(self, kv: torch.Tensor) -> None:
