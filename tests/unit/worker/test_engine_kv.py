@@ -319,6 +319,17 @@ def test_a_reset_forgets_results_and_queued_operations() -> None:
     rig.check_output()
 
 
+def test_an_iteration_without_a_choice_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy of what it wrote may begin right after it, and its time is to be known."""
+    rig, settled = Rig(), list[int]()
+    monkeypatch.setattr(rig.kv, "settle", lambda: settled.append(len(rig.model.batches)))
+    job = rig.job(range(12))
+    rig.run({job: 5}, 4)  # two chunks, the rest with a token, and a decode
+    assert len(rig.output[job]) == 2 and settled == [1, 2]
+
+
 # --- beside an iteration --------------------------------------------------------------------------
 
 

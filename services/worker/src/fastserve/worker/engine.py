@@ -367,6 +367,8 @@ class Engine:
         try:
             with computing:  # a GPU does until its choice is here
                 logits = self._model.forward(batch, self._kv)
+                if not sampling:  # with a choice the device is through: copies count on that
+                    self._kv.settle()
                 chosen = sample(logits, rows, self._eos)
         except (RuntimeError, ValueError, IndexError) as error:
             log.exception("the iteration failed")

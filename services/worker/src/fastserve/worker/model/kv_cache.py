@@ -56,6 +56,11 @@ class KvCache:
         self.block_bytes = block_bytes(config, block_size, dtype)
         self.data = zero_bytes(num_blocks * self.block_bytes, device).view(dtype).view(shape)
 
+    def settle(self) -> None:
+        """Wait until all that the model has written is there."""
+        if self.data.device.type == "cuda":
+            torch.cuda.current_stream(self.data.device).synchronize()
+
     def as_bytes(self) -> torch.Tensor:
         """uint8 view [num_blocks, block_bytes] of the same memory."""
         return self.data.view(self.num_blocks, -1).view(torch.uint8)
