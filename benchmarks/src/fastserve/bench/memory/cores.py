@@ -46,8 +46,10 @@ async def _turn(pids: Sequence[int], cores: Sequence[Collection[int]], over: asy
     while not over.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(over.wait(), _TURN_S)
-        turn = 0 if over.is_set() else (turn + 1) % len(cores)
+            break
+        turn = (turn + 1) % len(cores)
         await asyncio.to_thread(_place, pids, [*cores[turn:], *cores[:turn]])
+    await asyncio.to_thread(_place, pids, cores)
 
 
 def _place(pids: Sequence[int], cores: Sequence[Collection[int]]) -> None:

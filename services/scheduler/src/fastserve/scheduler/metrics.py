@@ -63,7 +63,7 @@ class Metrics:
             "on its way, all jobs together",
         )
         self.row_time = counter(
-            "fastserve_row_seconds", "Time that jobs had a row in the plan, all jobs together"
+            "fastserve_row_seconds", "Time of iterations in which jobs had a row, all jobs together"
         )
         self.iteration = histogram(
             "fastserve_iteration_seconds",

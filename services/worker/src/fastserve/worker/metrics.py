@@ -35,7 +35,8 @@ class Metrics:
         self.control = Histogram(
             "fastserve_control_seconds",
             "Time between two iterations while rows were there to run: waiting for a plan, putting "
-            "it in force (sum over that of fastserve_iteration_seconds: control overhead)",
+            "it in force, the head start of a first token (sum over that of "
+            "fastserve_iteration_seconds: control overhead)",
             buckets=_CONTROL_SECONDS,
             registry=registry,
         )
