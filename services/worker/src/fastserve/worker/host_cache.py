@@ -1,7 +1,7 @@
 """The prefix cache behind the device: full blocks are copied to the host ahead of need, and jobs
 that begin take them from there.
 
-All runs on the engine thread, no copy holds it up:
+All is part of the engine, no copy holds it up:
 
 - A block that is being copied out may be taken by anybody meanwhile; then the copy is not kept.
 - A job that begins with blocks from the host has no row until they have come. Its blocks are its
@@ -29,7 +29,7 @@ _BATCH = 32
 
 
 class CacheMover(Protocol):
-    """Copies blocks of the cache; `done` is called on the engine thread once it is over.
+    """Copies blocks of the cache; `done` is called as for `KvMover`.
 
     caches: whether there is a host at all. cached_blocks: in the cache there, at the last save.
     """

@@ -39,7 +39,7 @@ class Worker(pb_grpc.WorkerServiceServicer):
         metrics: Metrics,
     ) -> None:
         self._description = description
-        self._engine = engine  # touched by the engine thread only, but for `pool.free`
+        self._engine = engine  # touched by way of the thread only, but for `pool.free`
         self._thread, self._mover = thread, mover
         self._waiting: deque[Plan] = deque()  # that take effect with the next iteration
         self._metrics = metrics
