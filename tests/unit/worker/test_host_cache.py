@@ -95,6 +95,23 @@ def test_nothing_is_copied_while_most_of_the_device_is_empty() -> None:
     assert len(rig.mover.cache) > 4
 
 
+def test_beside_iterations_blocks_are_copied_in_batches_and_the_rest_when_all_is_idle() -> None:
+    rig = Rig(blocks=64, caches=True)  # 4 in a batch
+    job = rig.job([50] * (38 * BLOCK), **{**SHARED, "max_tokens": 1})
+    saved = []
+    for blocks in (32, 2, 2, 1):
+        rig.plan({job: blocks * BLOCK})
+        rig.step()
+        rig.mover.end_all()
+        saved.append(len(rig.mover.cache))
+    assert saved == [32, 32, 36, 36]
+    rig.plan({job: BLOCK})
+    rig.step()
+    assert len(rig.output[job]) == 1
+    rig.mover.end_all()
+    assert len(rig.mover.cache) == 38
+
+
 def test_no_iteration_waits_for_a_copy_and_others_run_meanwhile() -> None:
     rig = small()
     come_and_go(rig, PROMPT)

@@ -292,7 +292,7 @@ class Engine:
 
     def _collect(self, result: Iteration) -> None:
         self.forget_released()
-        self._host.save()
+        self._host.save(idle=not self._rows)
         result.ops = self.kv_ops.take_results()
         result.failed = result.failed + self._failed
         self._failed = []

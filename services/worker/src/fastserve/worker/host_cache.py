@@ -22,8 +22,9 @@ from fastserve.worker.job import Job, OpStatus
 from fastserve.worker.kv_ops import CopyDone, KvOps
 from fastserve.worker.staging.types import Copied
 
-# Blocks in a copy out: at least that share of the device, since a copy costs as much for calls as
-# for bytes, and what became full last is given up last; at most so many, for copies of jobs wait.
+# Blocks in a copy out beside iterations: at least that share of the device, since a copy costs as
+# much for calls as for bytes, and what became full last is given up last; at most so many, for
+# copies of jobs wait.
 _SHARE = 16
 _BATCH = 32
 
@@ -63,12 +64,13 @@ class HostCache:
         self._saving = False
         self._spoilt = False  # something was forgotten during the copy under way
 
-    def save(self) -> None:
-        """Start to copy out a batch that the host has not, once half of the device is in use."""
+    def save(self, *, idle: bool) -> None:
+        """Start to copy out a batch that the host has not, once half of the device is in use. idle:
+        nothing else runs, so a single block is worth a copy."""
         pool = self._pool
         if self._saving or not self._mover.caches or 2 * pool.blank > pool.count:
             return
-        if pool.unsaved < min(_BATCH, pool.count // _SHARE):
+        if not idle and pool.unsaved < min(_BATCH, pool.count // _SHARE):
             return
         self._notice_loss()
         blocks = pool.begin_save(_BATCH, self._known)
