@@ -190,6 +190,19 @@ def test_a_group_that_could_not_be_reached_is_left_alone_for_a_while() -> None:
     finish(groups)
 
 
+def test_a_group_that_takes_kv_elsewhere_is_tried_at_once() -> None:
+    groups = running(jobs=16, host_blocks=512, device_blocks=512)
+    groups.models["a"].sends_in_vain = True
+    drain(groups)
+    groups.step(2)
+    assert exports(groups) == 4
+    groups.models["a"].sends_in_vain = False
+    groups.scheduler.take_kv_at("b", KvPlace("b", "layout", ("host:2",)))
+    groups.run()
+    assert exports(groups) > 4
+    finish(groups)
+
+
 def test_what_arrived_though_nobody_heard_of_it_is_released() -> None:
     groups = running()
     groups.models["a"].sends_unheard = True

@@ -172,6 +172,8 @@ class Scheduler:
     def take_kv_at(self, worker_id: str, place: KvPlace | None) -> None:
         """Where a group takes KV of others from now on. Raises KeyError if it is not connected."""
         self._groups[worker_id].place = place
+        for other in self._groups.values():  # it may have been out of reach where it was before
+            other.unreachable.pop(worker_id, None)
 
     def draining(self, worker_id: str) -> bool:
         """Raises KeyError if it is not connected."""
