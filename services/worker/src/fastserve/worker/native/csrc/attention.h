@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "gemm.h"
 #include "simd.h"
@@ -31,6 +32,13 @@ struct KvPages {
     // Words from a tile of keys to that of the same tokens' values.
     size_t to_values() const {
         return static_cast<size_t>(kv_heads) * block_size * dim / step_of(dtype);
+    }
+
+    // The keys and values of all heads in these blocks.
+    Pieces pieces(int layer, const std::vector<int32_t>& blocks) const {
+        const size_t bytes = 2 * to_values() * sizeof(int32_t);
+        return {static_cast<const char*>(data) + layer * bytes, layers * bytes, blocks.data(),
+                static_cast<int>(blocks.size()), static_cast<int>(bytes / 64)};
     }
 
     // Writes k and v [dim] of one head at a position. last: no later position is written yet.

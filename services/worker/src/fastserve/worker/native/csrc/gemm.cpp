@@ -22,10 +22,44 @@ ALWAYS_INLINE typename T::Acc fresh(const int32_t* at) {
     return typename T::Acc{};
 }
 
-// Weights to be fetched into the second-level cache meanwhile.
+// What a strip fetches of some pieces, a few lines at a time.
+class Lines {
+public:
+    // In each of `steps` steps with so many words of inputs.
+    Lines(const Pieces& pieces, int steps, int words) : pieces_(pieces) {
+        // More than a line per word is more than memory delivers meanwhile.
+        each_ = std::min((pieces.count * pieces.lines + steps - 1) / steps, words);
+        begin();
+    }
+
+    ALWAYS_INLINE void step() {
+        for (int i = 0; i < each_ && left_ > 0; i++) {
+            __builtin_prefetch(at_, 0, 2);
+            at_ += LINE;
+            if (--left_ == 0) begin();
+        }
+    }
+
+private:
+    static constexpr int LINE = 64;
+
+    void begin() {
+        if (begun_ == pieces_.count) return;
+        at_ = pieces_.base + pieces_.pitch * pieces_.index[begun_++];
+        left_ = pieces_.lines;
+    }
+
+    const Pieces pieces_;
+    int each_, begun_ = 0;
+    const char* at_ = nullptr;
+    int left_ = 0;  // lines of the piece
+};
+
+// What is fetched into the second-level cache meanwhile.
 struct Ahead {
-    const int32_t* from = nullptr;
+    const int32_t* weights = nullptr;
     int vectors = 0;
+    Lines* lines = nullptr;
 };
 
 // MR rows from `row` on, with a strip of NB panels.
@@ -47,7 +81,10 @@ void tile(const Product& p, int row, int strip, Pool::Claim& claim, Ahead ahead)
         UNROLLED for (int j = 0; j < NB; j++) total[i][j] = f32x16{};
     }
     for (int group = 0; group < x.groups; group++, inputs += PITCH) {
-        for (int i = 0; i < fetches; i++, ahead.from += LANES) __builtin_prefetch(ahead.from, 0, 2);
+        for (int i = 0; i < fetches; i++, ahead.weights += LANES) {
+            __builtin_prefetch(ahead.weights, 0, 2);
+        }
+        if (ahead.lines != nullptr) ahead.lines->step();
         if (INT8 && fetches > 0) {  // the scales of the next strip, too
             __builtin_prefetch(scales + (x.groups + group) * NB * LANES, 0, 2);
         }
@@ -98,19 +135,25 @@ constexpr const Tile* tiles_of(int rows) {
 // The rows [row, end) with a strip of so many panels.
 template <class T>
 void block(const Product& product, int row, int end, int strip, int panels) {
-    // With fewer tiles memory is the limit, and to fetch the next strip would hold this one up.
-    constexpr int AHEAD_TILES = std::is_same_v<T, Int8> ? 2 : 3;
+    // With fewer tiles memory is the limit, and to fetch what comes next would hold this up.
+    constexpr int AHEAD_TILES = std::is_same_v<T, Int8> ? 2 : 3, PIECES_TILES = 3;
     const Linear& w = product.w;
     const int all = (end - row + MAX_ROWS - 1) / MAX_ROWS, vectors = panels * w.words;
     const int32_t* next = w.data + (static_cast<size_t>(strip) * w.width + panels) * w.words * LANES;
+    const Pieces& ahead = product.ahead;
+    const int strips = w.strips(), groups = product.x.groups;
+    Lines lines(ahead.part(static_cast<int64_t>(ahead.count) * strip / strips,
+                           static_cast<int64_t>(ahead.count) * (strip + 1) / strips),
+                all * groups, group_words(w.dtype));
     Pool::Claim sure;
     for (int tiles = all; tiles > 0; tiles--) {
         const int count = (end - row + tiles - 1) / tiles;  // evenly, not 6, 6, 1
-        Ahead ahead;  // a part of the next strip
-        if (all >= AHEAD_TILES) {
-            ahead = {next + (all - tiles) * vectors / all * LANES, vectors / all};
+        Ahead fetched;
+        if (all >= AHEAD_TILES) {  // a part of the next strip
+            fetched = {next + (all - tiles) * vectors / all * LANES, vectors / all};
         }
-        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure, ahead);
+        if (all >= PIECES_TILES) fetched.lines = &lines;
+        tiles_of<T, MAX_ROWS>(count)[panels - 1](product, row, strip, sure, fetched);
         row += count;
     }
 }
@@ -123,12 +166,12 @@ void block_int8(const Product& product, int row, int end, int strip, int panels)
 }  // namespace
 
 void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind, float* out,
-              size_t stride) {
+              size_t stride, Rows* words, const Pieces& ahead) {
     const auto run = w.dtype == Dtype::F32    ? block<F32>
                      : w.dtype == Dtype::INT8 ? block_int8
                      : AMX                    ? block_amx
                                               : block<Bf16>;
-    const Product product{x, w, kind, out, stride};
+    const Product product{x, w, kind, out, stride, ahead};
     if (rows <= MAX_ROWS && !(AMX && w.dtype == Dtype::BF16)) {  // a tile for each strip
         const Tile* tiles = w.dtype == Dtype::F32    ? tiles_of<F32, MAX_ROWS>(rows)
                             : w.dtype == Dtype::INT8 ? tiles_of<Int8, MAX_ROWS>(rows)
@@ -137,13 +180,26 @@ void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind,
             const Linear& w = product.w;
             tiles[std::min(w.width, w.panels - strip * w.width) - 1](product, 0, strip, claim, {});
         });
+        if (words != nullptr) {
+            pool.each(rows, [&](int row, int) { words->put(row, out + row * stride); });
+        }
         return;
     }
+    // Whoever has computed the numbers makes words of them, as soon as whole groups are there.
+    const int outputs = w.width * LANES / (kind == Output::SWIGLU ? 2 : 1);  // of a strip
+    const int group = group_words(w.dtype) * step_of(w.dtype);
+    const int together = words != nullptr ? (group + outputs - 1) / outputs : 1;
+    const int parts = (w.strips() + together - 1) / together;
     const int blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    pool.each(w.strips() * blocks, [&](int task, int) {
-        const int first = task / w.strips() * ROW_BLOCK, strip = task % w.strips();
-        run(product, first, std::min(rows, first + ROW_BLOCK), strip,
-            std::min(w.width, w.panels - strip * w.width));
+    pool.each(parts * blocks, [&](int task, int) {
+        const int begin = task % parts * together, first = task / parts * ROW_BLOCK;
+        const int end = std::min(rows, first + ROW_BLOCK);
+        for (int strip = begin; strip < std::min(begin + together, w.strips()); strip++) {
+            run(product, first, end, strip, std::min(w.width, w.panels - strip * w.width));
+        }
+        if (words == nullptr) return;
+        const int from = begin * outputs, to = std::min(words->size, from + together * outputs);
+        words->put(first, end, out + first * stride + from, stride, from, to);
     });
 }
 

@@ -55,7 +55,22 @@ struct Rows {
 
     void shape(Dtype dtype, int size, int rows);
     // Puts x [size] into a row. x has room for a multiple of 16 and is zero there.
-    void put(int row, const float* x);
+    void put(int row, const float* x) { put(row, row + 1, x, 0, 0, size); }
+    // Puts the numbers [from, to) of the rows [first, end): whole groups (int8) or multiples of 16,
+    // or up to the end. x is where those of the first row begin; the next is `stride` further.
+    void put(int first, int end, const float* x, size_t stride, int from, int to);
+};
+
+// Memory that is read soon, in `count` pieces of `lines` cache lines: piece i is `pitch` bytes times
+// index[i] from `base` on.
+struct Pieces {
+    const char* base = nullptr;
+    size_t pitch = 0;
+    const int32_t* index = nullptr;
+    int count = 0, lines = 0;
+
+    // The pieces [from, to).
+    Pieces part(int from, int to) const { return {base, pitch, index + from, to - from, lines}; }
 };
 
 // Weights [outputs, inputs], packed for being read from end to end. A panel is 16 outputs, a vector
@@ -88,8 +103,10 @@ enum class Output {
     SWIGLU,  // out = silu(gate) * up, for weights packed in halves
 };
 
-// out[row, :] of `rows` rows, `stride` floats apart (a multiple of 16, for whole panels).
+// out[row, :] of `rows` rows, `stride` floats apart (a multiple of 16, for whole panels). `words`, if
+// given, gets them as well, as inputs of the next product. `ahead`: what is to be in the cache
+// afterwards, as far as memory has time while many rows are computed; not with AMX.
 void multiply(Pool& pool, const Rows& x, int rows, const Linear& w, Output kind, float* out,
-              size_t stride);
+              size_t stride, Rows* words = nullptr, const Pieces& ahead = {});
 
 }  // namespace fastserve

@@ -8,6 +8,7 @@ namespace fastserve {
 namespace {
 
 constexpr int MANY_ROWS = 8;
+constexpr size_t MOST_AHEAD = size_t{16} << 20;  // bytes: half of what such CPUs share
 
 // out = x / rms(x) * weight, all of them [padded(size)].
 void rms_norm(const float* x, const float* weight, int size, float epsilon, float* out) {
@@ -35,7 +36,10 @@ Model::Model(const Shape& shape)
       hidden_stride_(padded(shape.hidden)),
       qkv_stride_(padded((shape.heads + 2 * shape.kv_heads) * shape.dim)),
       attended_stride_(padded(shape.heads * shape.dim)),
-      middle_stride_(padded(shape.intermediate)), scratch_(shape.threads),
+      middle_stride_(padded(shape.intermediate)),
+      own_words_(static_cast<Dtype>(shape.weights) != Dtype::INT8 ||
+                 shape.dim % (group_words(Dtype::INT8) * Int8::STEP) == 0),
+      scratch_(shape.threads),
       pool_(shape.threads) {}
 
 void Model::set_matrix(int layer, Weight which, int outputs, int inputs, const float* weight,
@@ -75,6 +79,7 @@ void Model::forward(const Batch& batch) {
     const int count = batch.tokens;
     const KvPages kv{batch.kv,          shape_.layers, shape_.kv_heads,
                      shape_.block_size, shape_.dim,    static_cast<Dtype>(shape_.kv)};
+    choose_ahead(batch, kv);
     each_row(count, [&](int token, int) { embed(token, batch.token_ids[token]); });
     for (int index = 0; index < shape_.layers; index++) layer(index, count, kv);
     if (batch.logit_rows == 0) return;
@@ -132,7 +137,7 @@ void Model::plan(const Batch& batch) {
     const size_t count = batch.tokens;
     x_.reserve(count * hidden_stride_);
     qkv_.reserve(count * qkv_stride_);
-    attended_.reserve(count * attended_stride_);
+    if (!own_words_) attended_.reserve(count * attended_stride_);
     middle_.reserve(count * middle_stride_);
     queries_.reserve(count * shape_.heads * shape_.dim);
     const auto dtype = static_cast<Dtype>(shape_.weights);
@@ -152,6 +157,20 @@ void Model::copy_tables(const Batch& batch) {
     for (int row = 0; row < batch.rows; row++) {
         const int32_t* table = batch.block_tables + batch.table_starts[row];
         tables_.insert(tables_.end(), table, table + blocks_of(batch, row));
+    }
+}
+
+// Products of many rows leave memory idle, and attention does nothing but wait for it: meanwhile the
+// next layer's keys and values are fetched, of as many rows as the cache has room for.
+void Model::choose_ahead(const Batch& batch, const KvPages& kv) {
+    ahead_.clear();
+    const size_t most = MOST_AHEAD / (kv.pieces(0, tables_).lines * 64);
+    const int32_t* table = tables_.data();
+    for (int row = 0; row < batch.rows; table += blocks_of(batch, row++)) {
+        const int seen = batch.context_lens[row] - batch.query_lens[row] + 1 - shape_.window;
+        const int first = shape_.window ? std::max(0, seen) / shape_.block_size : 0;
+        const int last = std::min<size_t>(blocks_of(batch, row), first + most - ahead_.size());
+        ahead_.insert(ahead_.end(), table + first, table + last);
     }
 }
 
@@ -182,24 +201,33 @@ void Model::layer(int index, int tokens, const KvPages& kv) {
         attend(kv, index, task, queries_.get(), shape_.heads, shape_.window, found, width,
                found + task.tokens * width);
         if (!claim()) return;
-        float* out = attended_.get() + task.token * attended_stride_ + task.head * shape_.dim;
+        const int from = task.head * shape_.dim;
+        if (own_words_) {
+            attended_words_.put(task.token, task.token + task.tokens, found, width, from,
+                                from + width);
+            return;
+        }
+        float* out = attended_.get() + task.token * attended_stride_ + from;
         for (int token = 0; token < task.tokens; token++) {
             std::copy_n(found + token * width, width, out + token * attended_stride_);
         }
     });
-    each_row(tokens, [&](int token, int) {
-        attended_words_.put(token, attended_.get() + static_cast<size_t>(token) * attended_stride_);
-    });
+    if (!own_words_) {
+        each_row(tokens, [&](int token, int) {
+            attended_words_.put(token, attended_.get() + token * attended_stride_);
+        });
+    }
     multiply(pool_, attended_words_, tokens, layer.output, Output::ADD, x_.get(), hidden_stride_);
     each_row(tokens, [&](int token, int thread) {
         normalise(token, layer.post_norm.get(), token, thread);
     });
+    Pieces ahead;
+    if (index + 1 < shape_.layers) ahead = kv.pieces(index + 1, ahead_);
+    const int some = ahead.count * 2 / 3;  // gate and up take twice as long as down
     multiply(pool_, hidden_words_, tokens, layer.gate_up, Output::SWIGLU, middle_.get(),
-             middle_stride_);
-    each_row(tokens, [&](int token, int) {
-        middle_words_.put(token, middle_.get() + static_cast<size_t>(token) * middle_stride_);
-    });
-    multiply(pool_, middle_words_, tokens, layer.down, Output::ADD, x_.get(), hidden_stride_);
+             middle_stride_, &middle_words_, ahead.part(0, some));
+    multiply(pool_, middle_words_, tokens, layer.down, Output::ADD, x_.get(), hidden_stride_,
+             nullptr, ahead.part(some, ahead.count));
 }
 
 void Model::embed(int token, int32_t id) {

@@ -72,6 +72,7 @@ private:
     void plan(const Batch& batch);
     int blocks_of(const Batch& batch, int row) const;
     void copy_tables(const Batch& batch);
+    void choose_ahead(const Batch& batch, const KvPages& kv);
     void layer(int index, int tokens, const KvPages& kv);
     void embed(int token, int32_t id);
     // hidden_words_[slot] = x[token], normalised and ready for a product.
@@ -91,10 +92,12 @@ private:
 
     // Of the batch that runs.
     std::vector<int32_t> tables_;  // the blocks of each row, one row after the other
+    std::vector<int32_t> ahead_;   // those that the next layer's attention finds in the cache
     std::vector<Token> tokens_;
     std::vector<AttentionTask> attention_;
     std::vector<int> wanted_;  // tokens whose logits are wanted
-    const int hidden_stride_, qkv_stride_, attended_stride_, middle_stride_;
+    const size_t hidden_stride_, qkv_stride_, attended_stride_, middle_stride_;
+    const bool own_words_;  // no two heads share a group of the numbers that attention finds
     Buffer<float> x_, qkv_, attended_, middle_;  // [tokens, stride]; x_ is the residual stream
     Buffer<int32_t> queries_;                    // words [tokens, heads, dim / STEP]
     Rows hidden_words_, attended_words_, middle_words_;  // inputs of products

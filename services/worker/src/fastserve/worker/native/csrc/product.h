@@ -13,6 +13,7 @@ struct Product {
     Output kind;
     float* out;
     size_t stride;
+    const Pieces& ahead;
 };
 
 // Puts the products of a row with NB panels, from `panel` on, where they belong.
