@@ -7,9 +7,10 @@ scheduler must never ask for raises AssertionError.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastserve.scheduler.core import (
     CostSample,
@@ -92,11 +93,14 @@ class WorkerModel:
         self.find = find
         self.named: set[str] = set()  # on this stream
         self.held: dict[str, Held] = {}
-        self.inbox: deque[tuple[Plan, list[Held]]] = deque()
+        self.inbox: deque[tuple[Plan, list[Held], Sequence[KvOperation]]] = deque()
+        self.work: list[tuple[Held, int]] = []  # of the iteration under way: rows, and their tokens
         self.plan: Plan | None = None
         self.lease = 0
         self.iteration = 0
+        self.early: Counter[KvOpKind] = Counter()  # operations that began beside an iteration
         self.done: list[OpDone] = []
+        self.found: list[tuple[str, int]] = []  # in the prefix cache, by rows of the iteration
         self.clock = 0.0  # seconds that iterations took
         self.host_loses = False  # the sidecar died: uploads report LOST
         self.host_refuses = False  # offloads report NO_HOST_SPACE, whatever is free
@@ -145,14 +149,32 @@ class WorkerModel:
             held = Held(job_id, job.known_len, job.prompt_len, job.max_len, length)
             held.imported = plan.introduce.get(job_id, 0)
             new.append(held)
-        self.inbox.append((plan, new))
+        begun = self._begin_ops(plan, new) if self.work else 0
+        self.inbox.append((plan, new, plan.ops[begun:]))
+
+    def _begin_ops(self, plan: Plan, new: list[Held]) -> int:
+        """Beside the iteration under way: operations up to the first whose job has a row or is new,
+        unless some of earlier plans wait. How many."""
+        if any(ops for _, _, ops in self.inbox):
+            return 0
+        busy = {job.job_id for job, _ in self.work}
+        busy |= {row.job.job_id for other, _, _ in self.inbox for row in other.rows}
+        busy |= {held.job_id for _, others, _ in self.inbox for held in others}
+        busy |= {held.job_id for held in new}
+        for begun, op in enumerate(plan.ops):
+            if op.job_id in busy or op.job_id not in self.held:
+                return begun
+            self.early[op.kind] += 1
+            self.held[op.job_id].ops.append(op)
+            self._start(self.held[op.job_id])
+        return len(plan.ops)
 
     def apply_all(self) -> None:
         """What happens at an iteration boundary."""
         while self.inbox:
             self._apply(*self.inbox.popleft())
 
-    def _apply(self, plan: Plan, new: list[Held]) -> None:
+    def _apply(self, plan: Plan, new: list[Held], ops: Sequence[KvOperation]) -> None:
         assert self.plan is None or plan.plan_id > self.plan.plan_id
         self.plan, self.lease = plan, plan.lease
         named = [row.job.job_id for row in plan.rows]
@@ -160,7 +182,7 @@ class WorkerModel:
         assert len(named) <= self.info.max_num_seqs, "too many rows"
         for job in new:
             self._meet(job)
-        for op in plan.ops:
+        for op in ops:
             target = self.held.get(op.job_id)
             assert target is not None, "an operation on an unknown job"
             target.ops.append(op)
@@ -292,54 +314,71 @@ class WorkerModel:
     def step(self, seconds: float = 0.010, *, boundary: bool = True) -> Report | None:
         """One boundary and one iteration, if there is anything to do or to tell.
 
-        Without the boundary it is an iteration that began before the newest plans came.
+        Without the boundary it is the one that began before the newest plans came: see `begin`.
         """
         if boundary:
             self.apply_all()
+        if not self.work:
+            self.begin()
+        work, self.work = self.work, []
+        stalls, self.stalls = self.stalls, set()
+        found, self.found = self.found, []
+        if not work:
+            return self.ended_report()
+        self.clock += seconds
         rows: list[RowResult] = []
         sampled: list[SampledToken] = []
-        found: list[tuple[str, int]] = []
-        context = total = 0
-        ran = False
-        if self.plan is not None and self.lease and self._live_rows():
-            ran = True
-            self.lease -= 1
-            self.iteration += 1
-            for job, most in self._live_rows():
-                if not job.device_blocks and job.job_id not in self.stalls:
-                    known = min(self.cached.get(job.job_id, 0), job.known - 1)
-                    job.device_blocks = known // self.info.block_size
-                    job.computed = job.device_blocks * self.info.block_size
-                    if job.computed:
-                        found.append((job.job_id, job.computed))
-                count = 0 if job.job_id in self.stalls else min(most, job.known - job.computed)
-                total += count
-                blocks = self._blocks(job.computed + count)
-                assert blocks - job.device_blocks <= self.free_device, "no block for a row"
-                job.device_blocks = max(blocks, job.device_blocks)
-                job.computed += count
-                context += job.computed
-                rows.append(RowResult(job.job_id, count, job.computed))
-                if count and job.computed == job.known:
-                    sampled.append(self._sample(job))
-            assert total <= self.info.max_num_batched_tokens, "too many tokens in an iteration"
-            self.clock += seconds
-        stalled, self.stalls = sorted(self.stalls & {row.job_id for row in rows}), set()
-        done, self.done = self.done, []
-        if not ran and not done:
-            return None
-        return Report(
-            plan_id=self.plan.plan_id if self.plan else 0,
-            iteration=self.iteration if ran else 0,
+        for job, count in work:
+            job.computed += count
+            rows.append(RowResult(job.job_id, count, job.computed))
+            if count and job.computed == job.known:
+                sampled.append(self._sample(job))
+        return self._report(
+            iteration=self.iteration,
             rows=rows,
             sampled=sampled,
             cached=found,
+            stalled=sorted(stalls & {row.job_id for row in rows}),
+            seconds=seconds,
+            context_tokens=sum(row.computed for row in rows),
+        )
+
+    def begin(self) -> None:
+        """An iteration begins, if there is anything to run: blocks are taken for its rows. It ends
+        with `step`; operations of plans that come before that may begin beside it."""
+        if self.plan is None or not self.lease:
+            return
+        self.work = []
+        for job, most in self._live_rows():
+            if not job.device_blocks and job.job_id not in self.stalls:
+                known = min(self.cached.get(job.job_id, 0), job.known - 1)
+                job.device_blocks = known // self.info.block_size
+                job.computed = job.device_blocks * self.info.block_size
+                if job.computed:
+                    self.found.append((job.job_id, job.computed))
+            count = 0 if job.job_id in self.stalls else min(most, job.known - job.computed)
+            blocks = self._blocks(job.computed + count)
+            assert blocks - job.device_blocks <= self.free_device, "no block for a row"
+            job.device_blocks = max(blocks, job.device_blocks)
+            self.work.append((job, count))
+        total = sum(count for _, count in self.work)
+        assert total <= self.info.max_num_batched_tokens, "too many tokens in an iteration"
+        if self.work:
+            self.lease -= 1
+            self.iteration += 1
+
+    def ended_report(self) -> Report | None:
+        """What ended since the last report, beside an iteration or without one."""
+        return self._report(iteration=0) if self.done else None
+
+    def _report(self, **of_iteration: Any) -> Report:
+        done, self.done = self.done, []
+        return Report(
+            plan_id=self.plan.plan_id if self.plan else 0,
             ops=done,
-            stalled=stalled,
             free_device_blocks=self.free_device,
             free_host_blocks=self.free_host,
-            seconds=seconds,
-            context_tokens=context,
+            **of_iteration,
         )
 
     def _live_rows(self) -> list[tuple[Held, int]]:
@@ -379,6 +418,7 @@ class WorkerModel:
         self.named.clear()
         self.inbox.clear()
         self.done.clear()
+        self.work, self.found = [], []
         self.plan, self.lease, self.iteration = None, 0, 0
         for job_id, tokens in self.imports.items():
             held = self.held.setdefault(job_id, Held(job_id, 0, 0, 0, 0))

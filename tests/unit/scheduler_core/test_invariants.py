@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -145,6 +146,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._absorb(self.scheduler.on_report(name, report, self.now))
         return True
 
+    def _tell(self, name: str) -> None:
+        """What ended beside the iteration."""
+        report = self.workers[name].ended_report()
+        if report is not None:
+            self._absorb(self.scheduler.on_report(name, report, self.now))
+
     def _one_row(self, data: st.DataObject, name: str) -> str | None:
         """A job that will have a row in the next iteration."""
         model = self.workers[name]
@@ -159,6 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(ready)) if ready else None
 
     @rule(
+        count=st.sampled_from([1, 1, 2, 4, 8]),
         prompt=st.integers(1, 40),
         max_tokens=st.integers(1, 24),
         length=st.integers(1, 30),
@@ -168,8 +176,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["default", "default", "acme", "zoo"]),
         service_class=st.sampled_from(["interactive", "default", "batch", "of another deployment"]),
     )
-    def submit(
+    def submit(self, count: int, **job: Any) -> None:
+        for _ in range(count):
+            self._submit(**job)
+
+    def _submit(
         self,
+        *,
         prompt: int,
         max_tokens: int,
         length: int,
@@ -218,18 +231,29 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self._plan(name)
 
     @precondition(lambda self: self.workers)
+    @rule(data=st.data(), iterations=st.integers(1, 6), plans=st.integers(1, 2), end=st.booleans())
+    def plans_come_meanwhile(
+        self, data: st.DataObject, iterations: int, plans: int, end: bool
+    ) -> None:
+        """Too late for the iteration under way, whose report is one of an old plan. What they do to
+        jobs without a row begins at once; copies may end meanwhile."""
+        name = data.draw(st.sampled_from(sorted(self.workers)))
+        model = self.workers[name]
+        for _ in range(iterations):
+            model.apply_all()
+            model.begin()
+            for _ in range(plans):
+                self._plan(name)
+                if end:
+                    model.finish_copies()
+                    self._tell(name)
+            self._step(name, boundary=False)
+
+    @precondition(lambda self: self.workers)
     @rule(data=st.data())
     def replan(self, data: st.DataObject) -> None:
         """A plan that the worker gets while it is busy."""
         self._plan(data.draw(st.sampled_from(sorted(self.workers))))
-
-    @precondition(lambda self: self.workers)
-    @rule(data=st.data())
-    def a_plan_comes_too_late(self, data: st.DataObject) -> None:
-        """For the iteration under way, whose report is one of an old plan."""
-        name = data.draw(st.sampled_from(sorted(self.workers)))
-        self._plan(name)
-        self._step(name, boundary=False)
 
     @precondition(lambda self: self.workers)
     @rule(data=st.data(), what=st.sampled_from(sorted(_IMPOSSIBLE)))
