@@ -4,7 +4,6 @@ once, ends whenever it ends, and no block is missing for anybody. Memory is scar
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
 
